@@ -1,0 +1,109 @@
+package policy
+
+import (
+	"net/netip"
+
+	"github.com/podwall/podwall/pkg/ruleset"
+)
+
+var (
+	accept = ruleset.Verdict{Kind: ruleset.Accept}
+	drop   = ruleset.Verdict{Kind: ruleset.Drop}
+)
+
+// ICMPv6 types (RFC 4861, 2710, 3810). Router advertisements and redirects are not among those that pass: a pod that sends
+// them takes over its neighbours.
+var (
+	neighbourDiscovery = []uint8{133, 135, 136}      // router and neighbour solicitation, neighbour advertisement
+	multicastListener  = []uint8{130, 131, 132, 143} // query, report, done, report v2
+)
+
+const (
+	routerAdvertisement = 134
+	redirect            = 137
+)
+
+// base renders what does not depend on any pod.
+//
+// Two base chains on forward, because accept ends only its own: what egress policy of the sender accepts still meets ingress
+// policy of the receiver, without marks and without a chain per pair of pods. output is not hooked: what the node itself
+// sends to its pods is exempt by its origin, not by an address that somebody could forge.
+func (r *renderer) base() {
+	for _, m := range []struct {
+		name string
+		key  ruleset.KeyType
+	}{{mapEgress4, ruleset.IPv4Addr}, {mapEgress6, ruleset.IPv6Addr}, {mapIngress4, ruleset.IPv4Addr}, {mapIngress6, ruleset.IPv6Addr}} {
+		r.table.Sets[m.name] = &ruleset.Set{Name: m.name, Key: []ruleset.KeyType{m.key}, Map: true, Elements: map[ruleset.Elem]ruleset.Verdict{}}
+	}
+	addICMPv6Sets(r.table)
+	established := ruleset.NewRule(ruleset.Established|ruleset.Related, accept)
+	common := ruleset.NewRule(ruleset.To(ruleset.Jump, chainCommon))
+	bySource := []ruleset.Rule{
+		ruleset.NewRule(ruleset.Dispatch{Fields: []ruleset.Field{ruleset.IPSaddr}, Map: mapEgress4}),
+		ruleset.NewRule(ruleset.Dispatch{Fields: []ruleset.Field{ruleset.IP6Saddr}, Map: mapEgress6}),
+	}
+	byDestination := []ruleset.Rule{
+		ruleset.NewRule(ruleset.Dispatch{Fields: []ruleset.Field{ruleset.IPDaddr}, Map: mapIngress4}),
+		ruleset.NewRule(ruleset.Dispatch{Fields: []ruleset.Field{ruleset.IP6Daddr}, Map: mapIngress6}),
+	}
+	head := []ruleset.Rule{established, common}
+	r.chain(chainEgress, &ruleset.Hook{Name: "forward", Priority: priorityEgress}, head, bySource)
+	r.chain(chainIngress, &ruleset.Hook{Name: "forward", Priority: priorityIngress}, head, byDestination)
+	node := [][]ruleset.Rule{head, r.nodeRules()}
+	if !r.in.Options.AllowOwnNode {
+		node = append(node, bySource)
+	}
+	r.chain(chainNode, &ruleset.Hook{Name: "input", Priority: priorityIngress}, node...)
+	r.chain(chainCommon, nil, passICMPv6(), []ruleset.Rule{
+		// A DHCP client without an address yet, and the answer to it.
+		ruleset.NewRule(ruleset.Address(ruleset.IPSaddr, netip.IPv4Unspecified()), udp, ruleset.Equal16(ruleset.Sport, 68), ruleset.Equal16(ruleset.Dport, 67), accept),
+		ruleset.NewRule(ruleset.Address(ruleset.IPDaddr, broadcast), udp, ruleset.Equal16(ruleset.Sport, 67), ruleset.Equal16(ruleset.Dport, 68), accept),
+	})
+	r.chain(chainQuarantine, nil, []ruleset.Rule{ruleset.NewRule(ruleset.Counter{}, drop)})
+}
+
+var (
+	broadcast = netip.AddrFrom4([4]byte{255, 255, 255, 255})
+	udp       = ruleset.Equal(ruleset.L4Proto, ruleset.ProtoUDP)
+)
+
+func (r *renderer) chain(name string, hook *ruleset.Hook, parts ...[]ruleset.Rule) {
+	c := &ruleset.Chain{Name: name, Hook: hook}
+	for _, p := range parts {
+		c.Rules = append(c.Rules, p...)
+	}
+	r.table.Chains[name] = c
+}
+
+// nodeRules are the exemptions of pod -> own node: renewing a DHCP lease, and DNS caches that listen on the node.
+func (r *renderer) nodeRules() []ruleset.Rule {
+	rules := []ruleset.Rule{
+		ruleset.NewRule(udp, ruleset.Equal16(ruleset.Sport, 68), ruleset.Equal16(ruleset.Dport, 67), accept),
+		ruleset.NewRule(udp, ruleset.Equal16(ruleset.Sport, 546), ruleset.Equal16(ruleset.Dport, 547), accept),
+	}
+	for _, ip := range r.in.Options.NodeDNS {
+		for _, proto := range []uint8{ruleset.ProtoUDP, ruleset.ProtoTCP} {
+			rules = append(rules, ruleset.NewRule(ruleset.Equal(ruleset.L4Proto, proto), ruleset.Equal16(ruleset.Dport, 53), ruleset.Address(daddr(ip), ip), accept))
+		}
+	}
+	return rules
+}
+
+func addICMPv6Sets(t *ruleset.Table) {
+	for name, types := range map[string][]uint8{setND: neighbourDiscovery, setMLD: multicastListener} {
+		s := &ruleset.Set{Name: name, Key: []ruleset.KeyType{ruleset.ICMPv6}, Elements: map[ruleset.Elem]ruleset.Verdict{}}
+		for _, v := range types {
+			s.Elements[ruleset.Elem([]byte{v})] = ruleset.Verdict{}
+		}
+		t.Sets[name] = s
+	}
+}
+
+// passICMPv6 accepts neighbour discovery and multicast listener messages that were sent on this link: a hop limit of 255 (or
+// 1) cannot have crossed a router (RFC 4861 section 7.1, RFC 2710 section 3).
+func passICMPv6() []ruleset.Rule {
+	return []ruleset.Rule{
+		ruleset.NewRule(ruleset.In{Fields: []ruleset.Field{ruleset.ICMPv6Type}, Set: setND}, ruleset.Equal(ruleset.IP6HopLimit, 255), accept),
+		ruleset.NewRule(ruleset.In{Fields: []ruleset.Field{ruleset.ICMPv6Type}, Set: setMLD}, ruleset.Equal(ruleset.IP6HopLimit, 1), accept),
+	}
+}

@@ -1,0 +1,55 @@
+package policy
+
+import (
+	"crypto/sha256"
+	"encoding/base32"
+	"encoding/binary"
+	"strings"
+)
+
+// Names in the kernel. Everything that other software may rely on is in docs/architecture.md.
+const (
+	chainEgress     = "egress"     // forward hook, filter - 1: what pods send
+	chainIngress    = "ingress"    // forward hook, filter: what pods receive
+	chainNode       = "node"       // input hook, filter: what pods send to their own node
+	chainCommon     = "common"     // what passes between all pods: neighbour discovery, multicast listeners, DHCP
+	chainQuarantine = "quarantine" // endpoints that are not known
+
+	prefixEgress  = "eg_" // per endpoint
+	prefixIngress = "in_" // per endpoint
+	prefixSource  = "as_" // per endpoint: the host veth's ingress hook (anti-spoofing)
+	prefixDeliver = "to_" // per endpoint on a bridge: the host veth's egress hook
+	prefixPolicyE = "pe_" // per policy
+	prefixPolicyI = "pi_" // per policy (and, with named ports, per resolution of the names)
+
+	setPeers      = "p"   // p4_, p6_: addresses of a selector's pods
+	setNamedPorts = "np"  // np4_, np6_: address . protocol . port of a selector's pods that have a named port
+	setBlocks     = "b"   // b4_, b6_: an ipBlock with many ranges
+	setPorts      = "pt_" // protocol . port
+	setND         = "nd"
+	setMLD        = "mld"
+
+	mapEgress4, mapEgress6   = "eg4", "eg6"
+	mapIngress4, mapIngress6 = "in4", "in6"
+)
+
+// Priorities (linux/netfilter_ipv4.h: NF_IP_PRI_FILTER = 0, NF_IP_PRI_RAW = -300). Egress policy comes first, so that each
+// base chain's accept leaves the other's verdict alone. filter is after DNAT (-100) and before SNAT (100).
+const (
+	priorityEgress  = -1
+	priorityIngress = 0
+	priorityDevice  = -300
+)
+
+// ID returns a short name for an identity given as parts: 80 bits of SHA-256 over the length-prefixed parts, so that
+// ("a", "bc") and ("ab", "c") differ and no name of a policy can collide with another's (kernel names end at 255 bytes).
+func ID(parts ...string) string {
+	h := sha256.New()
+	var n [8]byte
+	for _, p := range parts {
+		binary.BigEndian.PutUint64(n[:], uint64(len(p)))
+		h.Write(n[:])
+		h.Write([]byte(p))
+	}
+	return strings.ToLower(base32.HexEncoding.WithPadding(base32.NoPadding).EncodeToString(h.Sum(nil)[:10]))
+}

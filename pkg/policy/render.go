@@ -1,0 +1,373 @@
+package policy
+
+import (
+	"cmp"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+
+	"go4.org/netipx"
+	"k8s.io/apimachinery/pkg/labels"
+
+	"github.com/podwall/podwall/pkg/cluster"
+	"github.com/podwall/podwall/pkg/ruleset"
+)
+
+// maxInlineRanges is how many address ranges of an ipBlock are written as rules. A rule costs about 22 ns for the first
+// packet of a connection; an interval set costs more than that to load and cannot be loaded atomically with its rule.
+const maxInlineRanges = 16
+
+// minPortSet is the number of single ports from which on a set is cheaper than rules.
+const minPortSet = 3
+
+// renderer builds one ruleset. Its maps share what is equal: a policy's chain between pods, a selector's sets between
+// policies.
+type renderer struct {
+	in       *Input
+	table    *ruleset.Table
+	device   *ruleset.Table // netdev companion: only bridge ports need it
+	peers    []peer
+	policies map[string][]*compiled // by namespace, sorted by name
+	chains   map[string]bool        // policy chains that have been rendered; false: has no rules
+	verdicts map[string]Verdicts
+	problems map[Problem]bool
+}
+
+func newRenderer(in Input) *renderer {
+	r := &renderer{
+		in:       &in,
+		table:    ruleset.NewTable(ruleset.TableID{Family: ruleset.Inet, Name: in.Options.Table}),
+		device:   ruleset.NewTable(ruleset.TableID{Family: ruleset.Netdev, Name: in.Options.Table}),
+		policies: map[string][]*compiled{},
+		chains:   map[string]bool{},
+		verdicts: map[string]Verdicts{},
+		problems: map[Problem]bool{},
+	}
+	report := func(k cluster.Key, reason string) { r.problems[Problem{k, reason}] = true }
+	r.peers = peers(&in, report)
+	for p := range in.Model.Policies() {
+		c := compile(p)
+		for _, reason := range c.problems {
+			report(p.Key(), reason)
+		}
+		r.policies[p.Namespace] = append(r.policies[p.Namespace], c)
+	}
+	for _, list := range r.policies {
+		slices.SortFunc(list, func(a, b *compiled) int { return strings.Compare(a.name, b.name) })
+	}
+	return r
+}
+
+func (r *renderer) output() Output {
+	out := Output{Ruleset: ruleset.Ruleset{r.table}, Endpoints: r.verdicts}
+	if len(r.device.Chains) > 0 {
+		out.Ruleset = append(out.Ruleset, r.device)
+	}
+	for p := range r.problems {
+		out.Problems = append(out.Problems, p)
+	}
+	slices.SortFunc(out.Problems, func(a, b Problem) int { return strings.Compare(a.String(), b.String()) })
+	return out
+}
+
+// endpoint renders one endpoint: closed when its pod is not known, else isolated in the directions that policies select.
+func (r *renderer) endpoint(e *Endpoint) {
+	if e.Pod == nil {
+		r.dispatch(e, mapEgress4, mapEgress6, chainQuarantine)
+		r.dispatch(e, mapIngress4, mapIngress6, chainQuarantine)
+		r.closedLink(e)
+		return
+	}
+	var in, out []*compiled
+	for _, c := range r.policies[e.Pod.Namespace] {
+		if !c.subject.Matches(labels.Set(e.Pod.Labels)) {
+			continue
+		}
+		if c.ingress != nil {
+			in = append(in, c)
+		}
+		if c.egress != nil {
+			out = append(out, c)
+		}
+	}
+	if in != nil {
+		r.podChain(e, prefixIngress, "ingress", in, r.ingressChain)
+		r.dispatch(e, mapIngress4, mapIngress6, prefixIngress+e.ID)
+	}
+	if out != nil {
+		r.podChain(e, prefixEgress, "egress", out, func(c *compiled, _ *cluster.Pod) string { return r.egressChain(c) })
+		r.dispatch(e, mapEgress4, mapEgress6, prefixEgress+e.ID)
+	}
+	r.openLink(e, in != nil, out != nil)
+	r.verdicts[e.ID] = Verdicts{Ingress: policyNames(in), Egress: policyNames(out)}
+}
+
+func policyNames(list []*compiled) []string {
+	var names []string
+	for _, c := range list {
+		names = append(names, c.namespace+"/"+c.name)
+	}
+	return names
+}
+
+// dispatch sends the endpoint's addresses to a chain.
+func (r *renderer) dispatch(e *Endpoint, map4, map6, chain string) {
+	for _, ip := range e.IPs {
+		m := map6
+		if ip.Is4() {
+			m = map4
+		}
+		r.table.Sets[m].Elements[ruleset.AddrElem(ip)] = ruleset.To(ruleset.Goto, chain)
+	}
+}
+
+// podChain renders the chain of one isolated endpoint in one direction. It is reached by goto, so its end is the end: what no
+// policy accepted is denied.
+func (r *renderer) podChain(e *Endpoint, prefix, direction string, policies []*compiled, chainOf func(*compiled, *cluster.Pod) string) {
+	c := &ruleset.Chain{Name: prefix + e.ID}
+	c.Rules = append(c.Rules, ruleset.NewRule(ruleset.Invalid, ruleset.Counter{}, drop).WithComment(e.Name+" "+direction))
+	c.Rules = append(c.Rules, r.hairpin(e, prefix)...)
+	for _, p := range policies {
+		if name := chainOf(p, e.Pod); name != "" {
+			c.Rules = append(c.Rules, ruleset.NewRule(ruleset.To(ruleset.Jump, name)).WithComment(p.namespace+"/"+p.name))
+		}
+	}
+	c.Rules = append(c.Rules, r.deny()...)
+	r.table.Chains[c.Name] = c
+}
+
+// hairpin lets a pod reach itself through its own Service: at forward it is seen before the masquerade, with its own address
+// on both sides. The interface is part of the match for ingress, as IPv6 packets from the uplink may claim to be anybody.
+func (r *renderer) hairpin(e *Endpoint, prefix string) []ruleset.Rule {
+	var rules []ruleset.Rule
+	for _, ip := range e.IPs {
+		var match []ruleset.Expr
+		if prefix == prefixEgress {
+			match = append(match, ruleset.Address(daddr(ip), ip))
+		} else {
+			if iif := cmp.Or(e.Bridge, e.Link); iif != "" {
+				match = append(match, ruleset.Cmp{Field: ruleset.IIFName, Value: iif})
+			}
+			match = append(match, ruleset.Address(saddr(ip), ip))
+		}
+		rules = append(rules, ruleset.NewRule(append(match, accept)...))
+	}
+	return rules
+}
+
+// deny ends an endpoint's chain.
+func (r *renderer) deny() []ruleset.Rule {
+	if !r.in.Options.Reject {
+		return []ruleset.Rule{ruleset.NewRule(ruleset.Counter{}, drop)}
+	}
+	return []ruleset.Rule{
+		ruleset.NewRule(ruleset.Equal(ruleset.L4Proto, ruleset.ProtoTCP), ruleset.Counter{}, ruleset.Reject{TCPReset: true}),
+		ruleset.NewRule(ruleset.Counter{}, ruleset.Reject{}),
+	}
+}
+
+// ingressChain renders a policy's ingress rules and returns the chain's name, or "" when it has no rules. Named ports are
+// resolved on the receiving pod, so pods with other numbers get a chain of their own.
+func (r *renderer) ingressChain(c *compiled, pod *cluster.Pod) string {
+	identity := []string{"ingress", c.namespace, c.name}
+	resolved := map[namedPort][]uint16{}
+	for _, rule := range c.ingress.rules {
+		for _, port := range rule.named {
+			if _, done := resolved[port]; done {
+				continue
+			}
+			resolved[port] = resolve(pod, port)
+			identity = append(identity, protoName(port.proto), port.name)
+			for _, n := range resolved[port] {
+				identity = append(identity, strconv.Itoa(int(n)))
+			}
+		}
+	}
+	name := prefixPolicyI + ID(identity...)
+	return r.policyChain(name, c.ingress, func(rule *rule) []ruleset.Rule {
+		numbers := slices.Clone(rule.ports)
+		for _, port := range rule.named {
+			for _, n := range resolved[port] {
+				numbers = append(numbers, portRange{proto: port.proto, from: n, to: n})
+			}
+		}
+		return r.product(rule, mergePorts(numbers), sources)
+	})
+}
+
+// egressChain renders a policy's egress rules and returns the chain's name, or "" when it has no rules.
+func (r *renderer) egressChain(c *compiled) string {
+	name := prefixPolicyE + ID("egress", c.namespace, c.name)
+	return r.policyChain(name, c.egress, func(rule *rule) []ruleset.Rule {
+		rules := r.product(rule, rule.ports, destinations)
+		for _, port := range rule.named {
+			for _, sets := range r.namedPeers(rule, port) {
+				for i, fields := range [][]ruleset.Field{
+					{ruleset.IPDaddr, ruleset.L4Proto, ruleset.Dport},
+					{ruleset.IP6Daddr, ruleset.L4Proto, ruleset.Dport},
+				} {
+					rules = append(rules, ruleset.NewRule(ruleset.In{Fields: fields, Set: sets[i]}, accept))
+				}
+			}
+		}
+		return rules
+	})
+}
+
+// namedPeers returns the set pairs of an egress rule's named port: it can only be reached on pods.
+func (r *renderer) namedPeers(rule *rule, port namedPort) [][2]string {
+	if rule.anyPeer {
+		return [][2]string{r.namedPortSets(everyPod, nil, port)}
+	}
+	var pairs [][2]string
+	for _, p := range rule.pods {
+		pairs = append(pairs, r.namedPortSets(p, nil, port))
+	}
+	if len(rule.blocks.Ranges()) > 0 {
+		pairs = append(pairs, r.namedPortSets(everyPod, rule.blocks, port))
+	}
+	return pairs
+}
+
+// policyChain renders a chain once. Rules are a union, so repetitions say nothing and are left out.
+func (r *renderer) policyChain(name string, d *direction, rulesOf func(*rule) []ruleset.Rule) string {
+	full, done := r.chains[name]
+	if !done {
+		c := &ruleset.Chain{Name: name}
+		seen := map[string]bool{}
+		for i := range d.rules {
+			for _, rule := range rulesOf(&d.rules[i]) {
+				if !seen[rule.String()] {
+					seen[rule.String()] = true
+					c.Rules = append(c.Rules, rule)
+				}
+			}
+		}
+		full = len(c.Rules) > 0
+		r.chains[name] = full
+		if full {
+			r.table.Chains[name] = c
+		}
+	}
+	if !full {
+		return ""
+	}
+	return name
+}
+
+// fieldPair is the address field of either family that a direction's peers are compared with.
+type fieldPair [2]ruleset.Field
+
+var (
+	sources      = fieldPair{ruleset.IPSaddr, ruleset.IP6Saddr}
+	destinations = fieldPair{ruleset.IPDaddr, ruleset.IP6Daddr}
+)
+
+// product renders ports AND peers as rules: every way to match the ports with every way to match the peers. The port comes
+// first, it is the cheaper one to look at.
+func (r *renderer) product(rule *rule, ports []portRange, fields fieldPair) []ruleset.Rule {
+	var rules []ruleset.Rule
+	peers := r.peerMatches(rule, fields)
+	for _, port := range r.portMatches(rule, ports) {
+		for _, peer := range peers {
+			rules = append(rules, ruleset.NewRule(slices.Concat(port, peer, []ruleset.Expr{accept})...))
+		}
+	}
+	return rules
+}
+
+// portMatches returns the alternatives that match a rule's ports; an empty list of expressions matches everything, ICMP too.
+func (r *renderer) portMatches(rule *rule, ports []portRange) [][]ruleset.Expr {
+	if rule.anyPort {
+		return [][]ruleset.Expr{nil}
+	}
+	var matches [][]ruleset.Expr
+	var singles []portRange
+	for _, p := range ports {
+		proto := ruleset.Equal(ruleset.L4Proto, uint8(p.proto))
+		switch {
+		case p.every:
+			matches = append(matches, []ruleset.Expr{proto})
+		case p.from == p.to:
+			singles = append(singles, p)
+		default:
+			matches = append(matches, []ruleset.Expr{proto, ruleset.Between16(ruleset.Dport, p.from, p.to)})
+		}
+	}
+	if len(singles) >= minPortSet {
+		key := []ruleset.Field{ruleset.L4Proto, ruleset.Dport}
+		return append(matches, []ruleset.Expr{ruleset.In{Fields: key, Set: r.portSet(singles)}})
+	}
+	for _, p := range singles {
+		matches = append(matches, []ruleset.Expr{
+			ruleset.Equal(ruleset.L4Proto, uint8(p.proto)), ruleset.Equal16(ruleset.Dport, p.from),
+		})
+	}
+	return matches
+}
+
+// peerMatches returns the alternatives that match a rule's peers; no alternative matches nobody.
+func (r *renderer) peerMatches(rule *rule, fields fieldPair) [][]ruleset.Expr {
+	if rule.anyPeer {
+		return [][]ruleset.Expr{nil}
+	}
+	var matches [][]ruleset.Expr
+	for _, p := range rule.pods {
+		for i, set := range r.peerSets(p) {
+			matches = append(matches, []ruleset.Expr{ruleset.In{Fields: fields[i : i+1], Set: set}})
+		}
+	}
+	ranges := byFamily(rule.blocks.Ranges())
+	if len(ranges[0])+len(ranges[1]) > maxInlineRanges {
+		for i, set := range r.blockSets(ranges) {
+			if set != "" {
+				matches = append(matches, []ruleset.Expr{ruleset.In{Fields: fields[i : i+1], Set: set}})
+			}
+		}
+		return matches
+	}
+	for i, list := range ranges {
+		for _, rg := range list {
+			matches = append(matches, []ruleset.Expr{rangeMatch(fields[i], rg)})
+		}
+	}
+	return matches
+}
+
+func byFamily(ranges []netipx.IPRange) [2][]netipx.IPRange {
+	var families [2][]netipx.IPRange
+	for _, rg := range ranges {
+		i := 1
+		if rg.From().Is4() {
+			i = 0
+		}
+		families[i] = append(families[i], rg)
+	}
+	return families
+}
+
+func rangeMatch(f ruleset.Field, rg netipx.IPRange) ruleset.Expr {
+	prefix, ok := rg.Prefix()
+	switch {
+	case ok && prefix.IsSingleIP():
+		return ruleset.Address(f, rg.From())
+	case ok:
+		return ruleset.Prefix{Field: f, Prefix: prefix}
+	}
+	return ruleset.Range{Field: f, From: string(rg.From().AsSlice()), To: string(rg.To().AsSlice())}
+}
+
+func saddr(ip netip.Addr) ruleset.Field {
+	if ip.Is4() {
+		return ruleset.IPSaddr
+	}
+	return ruleset.IP6Saddr
+}
+
+func daddr(ip netip.Addr) ruleset.Field {
+	if ip.Is4() {
+		return ruleset.IPDaddr
+	}
+	return ruleset.IP6Daddr
+}
