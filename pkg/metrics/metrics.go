@@ -1,0 +1,55 @@
+// Package metrics holds the daemon's Prometheus collectors in one struct that is injected.
+package metrics
+
+import (
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+)
+
+// Metrics are all collectors, registered on a registry of their own.
+type Metrics struct {
+	Registry *prometheus.Registry
+
+	Attachments   *prometheus.GaugeVec   // by state: enforced, quarantined, detached
+	AdoptedPods   prometheus.Gauge       // pods of this node that never passed through the plugin
+	Problems      prometheus.Gauge       // objects that could not be used as written
+	Objects       *prometheus.CounterVec // changes by kind
+	Commits       *prometheus.CounterVec // by result: ok, error
+	CommitSeconds prometheus.Histogram
+	RenderSeconds prometheus.Histogram
+	Synced        prometheus.Gauge
+}
+
+// New registers the collectors and the Go runtime's.
+func New() *Metrics {
+	m := &Metrics{
+		Registry: prometheus.NewRegistry(),
+		Attachments: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "podwall_attachments", Help: "CNI attachments registered on this node by state.",
+		}, []string{"state"}),
+		AdoptedPods: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "podwall_adopted_pods", Help: "Pods of this node enforced by their IPs only, because they never passed through the plugin.",
+		}),
+		Problems: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "podwall_problems", Help: "Objects or parts of objects that could not be used as written; each is named in the log.",
+		}),
+		Objects: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "podwall_object_changes_total", Help: "Changes of cluster objects seen, by kind.",
+		}, []string{"kind"}),
+		Commits: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "podwall_commits_total", Help: "Transactions sent to the kernel by result.",
+		}, []string{"result"}),
+		CommitSeconds: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "podwall_commit_seconds", Help: "Time of one kernel transaction.", Buckets: prometheus.ExponentialBuckets(0.0001, 2, 15),
+		}),
+		RenderSeconds: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "podwall_render_seconds", Help: "Time to compute the desired ruleset and its difference.", Buckets: prometheus.ExponentialBuckets(0.0001, 2, 15),
+		}),
+		Synced: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "podwall_synced", Help: "1 once all objects have been read and the ruleset is in the kernel.",
+		}),
+	}
+	m.Registry.MustRegister(m.Attachments, m.AdoptedPods, m.Problems, m.Objects, m.Commits, m.CommitSeconds, m.RenderSeconds, m.Synced,
+		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return m
+}

@@ -1,0 +1,248 @@
+package reconcile
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/podwall/podwall/pkg/attach"
+	"github.com/podwall/podwall/pkg/cluster"
+	"github.com/podwall/podwall/pkg/policy"
+	"github.com/podwall/podwall/pkg/registry"
+	"github.com/podwall/podwall/pkg/ruleset"
+)
+
+// state is what the loop knows of one attachment.
+type state struct {
+	entry registry.Entry
+	link  *registry.Link // nil until it has been looked up
+	pod   *cluster.Pod   // as last seen: an object that is gone does not end the enforcement
+	// clean says that the addresses have been closed and the connections of a former owner forgotten since ADD (or DEL).
+	clean bool
+}
+
+// id names the endpoint's chains.
+func (s *state) id() string { return policy.ID("attachment", s.entry.ContainerID, s.entry.IfName) }
+
+// open reports whether the endpoint may have its policies' chains instead of quarantine.
+func (s *state) open() bool {
+	return s.clean && !s.entry.Detached && s.pod != nil && s.link != nil
+}
+
+// wasOpen reports whether a former daemon had finished the ADD of this attachment. If it had not, the attachment starts
+// over: it is closed and former connections are forgotten.
+func (l *Loop) wasOpen(e registry.Entry) bool {
+	t := l.loaded.Table(l.tables()[0])
+	if t == nil || e.Detached {
+		return false
+	}
+	for _, ip := range e.IPs {
+		for _, m := range t.Sets {
+			if v := m.Elements[ruleset.AddrElem(ip)]; m.Map && v == policy.Quarantined {
+				return false
+			}
+		}
+	}
+	return policy.HasLink(l.loaded, (&state{entry: e}).id())
+}
+
+// refresh brings the states in line with the registry, the links and the pods. An error concerns one attachment, which stays
+// closed; the others have been refreshed.
+func (l *Loop) refresh() error {
+	l.mu.Lock()
+	sweep := l.sweep
+	l.sweep = false
+	l.mu.Unlock()
+
+	var errs []error
+	seen := map[attach.Key]bool{}
+	for _, e := range l.cfg.Registry.Entries() {
+		st := l.states[e.Key]
+		if st == nil || st.entry.Seq != e.Seq || st.entry.Detached != e.Detached {
+			next := &state{entry: e}
+			if st != nil && st.entry.Seq == e.Seq {
+				next.link, next.pod = st.link, st.pod
+			}
+			st = next
+			l.states[e.Key] = st
+		}
+		if st.link == nil || sweep || e.Detached {
+			gone, err := l.look(st)
+			if err != nil {
+				errs = append(errs, err)
+			}
+			if gone {
+				if err := l.cfg.Registry.Remove(e.Key); err != nil {
+					errs = append(errs, err)
+				}
+				continue
+			}
+		}
+		seen[e.Key] = true
+		if pod := l.podOf(&st.entry); pod != nil {
+			st.pod = pod
+		}
+	}
+	for k, st := range l.states {
+		if !seen[k] {
+			delete(l.states, k)
+			l.former = append(l.former, st.entry.IPs...)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// look updates the link of an attachment and reports whether it is gone: the sandbox has ended, whether DEL came or not.
+func (l *Loop) look(st *state) (bool, error) {
+	link, err := l.cfg.Links.Lookup(st.entry.HostLink)
+	if err != nil {
+		return false, err
+	}
+	if !link.Exists {
+		l.cfg.Log.Info("attachment ended with its host link", "attachment", st.entry.Key, "pod", st.entry.Pod, "link", st.entry.HostLink.Name, "deleted", st.entry.Detached)
+		return true, nil
+	}
+	st.link = &link
+	return false, nil
+}
+
+// podOf returns the pod object of an attachment, or nil as long as it is not known.
+func (l *Loop) podOf(e *registry.Entry) *cluster.Pod {
+	pod := l.model.Pod(e.Pod.Namespace, e.Pod.Name)
+	if l.cfg.Standalone {
+		if pod == nil {
+			pod = &cluster.Pod{Namespace: e.Pod.Namespace, Name: e.Pod.Name, Labels: e.Labels}
+		}
+		return pod
+	}
+	if pod == nil || pod.Node != l.cfg.NodeName || pod.HostNetwork {
+		return nil
+	}
+	if e.Pod.UID == "" {
+		if pod.Deleting {
+			return nil
+		}
+		return pod
+	}
+	if e.Pod.UID == pod.UID || e.Pod.UID == pod.MirrorUID {
+		return pod
+	}
+	return nil
+}
+
+// input collects what the ruleset is rendered from.
+func (l *Loop) input() policy.Input {
+	in := policy.Input{Model: l.model, Options: l.cfg.Policy}
+	states := l.sortedStates() // settle and publish rely on endpoints being in this order
+	entries := make([]registry.Entry, len(states))
+	for i, st := range states {
+		entries[i] = st.entry
+	}
+	owners := registry.Owners(entries)
+	attached := map[string]bool{}
+	for _, st := range states {
+		e := policy.Endpoint{ID: st.id(), Name: st.entry.Pod.String(), Link: st.entry.HostLink.Name}
+		for _, ip := range st.entry.IPs {
+			if owners[ip] == st.entry.Key {
+				e.IPs = append(e.IPs, ip)
+			}
+		}
+		if st.link != nil {
+			e.Bridge = st.link.Bridge
+		}
+		if st.open() {
+			e.Pod = st.pod
+		}
+		attached[st.entry.Pod.String()] = true
+		in.Endpoints = append(in.Endpoints, e)
+	}
+	return l.adopt(in, owners, attached)
+}
+
+// adopt adds the pods of this node that never passed through the plugin, by the addresses that the API reports.
+func (l *Loop) adopt(in policy.Input, owners map[netip.Addr]attach.Key, attached map[string]bool) policy.Input {
+	var adopted []policy.Endpoint
+	for pod := range l.model.Pods() {
+		name := pod.Namespace + "/" + pod.Name
+		if pod.Node != l.cfg.NodeName || pod.Node == "" || pod.HostNetwork || pod.Terminal || attached[name] {
+			continue
+		}
+		e := policy.Endpoint{ID: policy.ID("adopted", pod.Namespace, pod.Name, pod.UID), Name: name, Pod: pod}
+		for _, ip := range pod.IPs {
+			if _, taken := owners[ip]; !taken {
+				e.IPs = append(e.IPs, ip)
+			}
+		}
+		if len(e.IPs) > 0 {
+			adopted = append(adopted, e)
+		}
+	}
+	// Two objects may claim one address for a moment: the newest owns it, as among peers.
+	slices.SortFunc(adopted, func(a, b policy.Endpoint) int {
+		return cmp.Or(b.Pod.Created.Compare(a.Pod.Created), cmp.Compare(a.Name, b.Name))
+	})
+	taken := map[netip.Addr]bool{}
+	for _, e := range adopted {
+		e.IPs = slices.DeleteFunc(e.IPs, func(ip netip.Addr) bool { return taken[ip] })
+		for _, ip := range e.IPs {
+			taken[ip] = true
+		}
+		if len(e.IPs) > 0 {
+			in.Endpoints = append(in.Endpoints, e)
+		}
+	}
+	return in
+}
+
+func (l *Loop) sortedStates() []*state {
+	list := make([]*state, 0, len(l.states))
+	for _, st := range l.states {
+		list = append(list, st)
+	}
+	slices.SortFunc(list, func(a, b *state) int { return cmp.Compare(a.entry.Seq, b.entry.Seq) })
+	return list
+}
+
+// settle follows a commit: endpoints that have just been closed get rid of former connections, and so do addresses that are
+// nobody's any more. It reports whether another pass is due, because an endpoint can be opened now.
+func (l *Loop) settle(in policy.Input) (bool, error) {
+	again := false
+	var errs []error
+	owned := map[netip.Addr]bool{}
+	for i, st := range l.sortedStates() {
+		// Only addresses that it owns: a late DEL must not cut the connections of the pod that has the address now.
+		ips := in.Endpoints[i].IPs
+		for _, ip := range ips {
+			owned[ip] = true
+		}
+		if st.clean {
+			continue
+		}
+		if err := l.forget(ips); err != nil {
+			errs = append(errs, fmt.Errorf("attachment %s: %w", st.entry.Key, err))
+			continue
+		}
+		st.clean = true
+		again = again || st.open()
+	}
+	l.former = slices.DeleteFunc(l.former, func(ip netip.Addr) bool { return owned[ip] })
+	if err := l.forget(l.former); err != nil {
+		errs = append(errs, err)
+	} else {
+		l.former = nil
+	}
+	return again, errors.Join(errs...)
+}
+
+// forget deletes the connections of addresses that are closed or nobody's.
+func (l *Loop) forget(ips []netip.Addr) error {
+	if len(ips) == 0 {
+		return nil
+	}
+	if _, err := l.cfg.Forget(ips); err != nil {
+		return fmt.Errorf("forget the connections of %v: %w", ips, err)
+	}
+	return nil
+}

@@ -1,0 +1,553 @@
+package reconcile
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+	networkingv1 "k8s.io/api/networking/v1"
+	"k8s.io/utils/clock"
+
+	"github.com/podwall/podwall/pkg/attach"
+	"github.com/podwall/podwall/pkg/cluster"
+	"github.com/podwall/podwall/pkg/metrics"
+	"github.com/podwall/podwall/pkg/nft"
+	"github.com/podwall/podwall/pkg/policy"
+	"github.com/podwall/podwall/pkg/registry"
+	"github.com/podwall/podwall/pkg/ruleset"
+)
+
+// world is a loop with a kernel, links and connections that a test can look at.
+type world struct {
+	*Loop
+	kernel *nft.Fake
+	dir    string
+
+	mu      sync.Mutex
+	gone    map[string]bool
+	hidden  bool // bridged traffic cannot be seen
+	forgets []string
+	// forgotten records, at each call of Forget, whether the addresses were closed in the kernel.
+	forgotten []bool
+}
+
+func (w *world) Lookup(h attach.HostLink) (registry.Link, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if h.Name == "broken" {
+		return registry.Link{}, errors.New("netlink is out of order")
+	}
+	return registry.Link{Exists: !w.gone[h.Name], Bridge: map[bool]string{true: "br0"}[h.Name == "port"]}, nil
+}
+
+func (w *world) ShowBridged(string) error {
+	if w.hidden {
+		return errors.New("modprobe br_netfilter")
+	}
+	return nil
+}
+
+func (w *world) forget(ips []netip.Addr) (int, error) {
+	closed := true
+	for _, ip := range ips {
+		v, ok := w.element("in4", ip)
+		closed = closed && ok && v == policy.Quarantined
+		w.forgets = append(w.forgets, ip.String())
+	}
+	w.forgotten = append(w.forgotten, closed)
+	return len(ips), nil
+}
+
+func (w *world) element(set string, ip netip.Addr) (ruleset.Verdict, bool) {
+	t := w.kernel.Ruleset().Table(ruleset.TableID{Family: ruleset.Inet, Name: "podwall"})
+	if t == nil {
+		return ruleset.Verdict{}, false
+	}
+	v, ok := t.Sets[set].Elements[ruleset.AddrElem(ip)]
+	return v, ok
+}
+
+// start runs a loop inside a synctest bubble; it ends with the test.
+func start(t *testing.T, standalone bool, old *world) *world {
+	t.Helper()
+	w := &world{kernel: nft.NewFake(), gone: map[string]bool{}, dir: t.TempDir()}
+	if old != nil {
+		w.kernel, w.dir = old.kernel, old.dir
+	}
+	reg, bad, err := registry.Open(w.dir)
+	if err != nil || len(bad) > 0 {
+		t.Fatal(err, bad)
+	}
+	w.Loop = New(Config{
+		NodeName: "here", Standalone: standalone, Policy: policy.Options{Table: "podwall"},
+		Kernel: w.kernel, Links: w, Registry: reg, Forget: w.forget,
+		Log: slog.New(slog.DiscardHandler), Metrics: metrics.New(), Clock: clock.RealClock{},
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- w.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+	return w
+}
+
+func attachment(id, pod string, ip string) attach.Attachment {
+	return attach.Attachment{
+		Network: "net", Key: attach.Key{ContainerID: id, IfName: "eth0"}, Pod: attach.PodRef{Namespace: "ns", Name: pod, UID: "uid-" + pod},
+		IPs: []netip.Addr{netip.MustParseAddr(ip)}, HostLink: attach.HostLink{Name: "veth-" + id, Index: 7},
+	}
+}
+
+func pod(name, node string, ips ...string) cluster.Change {
+	p := &cluster.Pod{Namespace: "ns", Name: name, UID: "uid-" + name, Node: node, Labels: map[string]string{"app": name}}
+	for _, ip := range ips {
+		p.IPs = append(p.IPs, netip.MustParseAddr(ip))
+	}
+	return cluster.Change{Key: p.Key(), Object: p}
+}
+
+func denyAll(name string) cluster.Change {
+	p := &cluster.Policy{Namespace: "ns", Name: name, Spec: networkingv1.NetworkPolicySpec{PolicyTypes: []networkingv1.PolicyType{"Ingress", "Egress"}}}
+	return cluster.Change{Key: p.Key(), Object: p}
+}
+
+func within(t *testing.T, d time.Duration) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), d)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+var ip1 = netip.MustParseAddr("10.0.0.1")
+
+// TestAttach holds the order of an ADD: closed, former connections forgotten, then opened as policies say, then the answer.
+func TestAttach(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, false, nil)
+		w.Apply(pod("a", "here"), denyAll("deny"))
+		w.Synced()
+		if err := w.Attach(within(t, time.Second), attachment("c1", "a", "10.0.0.1")); err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff([]bool{true}, w.forgotten); diff != "" {
+			t.Errorf("connections were forgotten while the address was open: %s", diff)
+		}
+		id := policy.ID("attachment", "c1", "eth0")
+		if v, _ := w.element("in4", ip1); v != ruleset.To(ruleset.Goto, "in_"+id) {
+			t.Errorf("in4 has %v", v)
+		}
+		// The same again is answered at once and changes nothing.
+		if err := w.Attach(within(t, time.Second), attachment("c1", "a", "10.0.0.1")); err != nil {
+			t.Fatal(err)
+		}
+		if len(w.forgotten) != 1 {
+			t.Errorf("a repeated ADD forgot connections again")
+		}
+		if _, err := w.Check(t.Context(), attach.Key{ContainerID: "c1", IfName: "eth0"}); err != nil {
+			t.Errorf("Check: %v", err)
+		}
+		if diff := cmp.Diff(NodeStatus{Ready: true, Node: "here", Enforced: 1, Policies: 1, Problems: []string{}}, w.NodeStatus()); diff != "" {
+			t.Errorf("status (-want +got):\n%s", diff)
+		}
+		want := []PolicyStatus{{Namespace: "ns", Name: "deny", Pods: []string{"ns/a"}}}
+		if diff := cmp.Diff(want, w.Policies()); diff != "" {
+			t.Errorf("policies (-want +got):\n%s", diff)
+		}
+	})
+}
+
+// TestUnknownPod holds that a pod that is not known in time stays closed, says why, and opens when it becomes known.
+func TestUnknownPod(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name   string
+		object cluster.Change
+	}{
+		{"no object", pod("other", "here")},
+		{"other node", pod("a", "there")},
+		{"other UID", func() cluster.Change {
+			c := pod("a", "here")
+			c.Object.(*cluster.Pod).UID = "recreated"
+			return c
+		}()},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				w := start(t, false, nil)
+				w.Apply(tt.object)
+				w.Synced()
+				a := attachment("c1", "a", "10.0.0.1")
+				if err := w.Attach(within(t, time.Second), a); !errors.Is(err, ErrNotReady) {
+					t.Fatalf("Attach: %v, want ErrNotReady", err)
+				}
+				if v, _ := w.element("in4", ip1); v != policy.Quarantined {
+					t.Errorf("the pod is not closed: %v", v)
+				}
+				if _, err := w.Check(t.Context(), a.Key); !errors.Is(err, ErrNotReady) {
+					t.Errorf("Check: %v, want ErrNotReady", err)
+				}
+				w.Apply(pod("a", "here"))
+				synctest.Wait()
+				if v, closed := w.element("in4", ip1); closed {
+					t.Errorf("a known pod without policies is in the map: %v", v)
+				}
+				if _, err := w.Check(t.Context(), a.Key); err != nil {
+					t.Errorf("Check: %v", err)
+				}
+			})
+		})
+	}
+}
+
+// TestStaticPod holds that a static pod is known by the UID that its runtime passes, which is in an annotation.
+func TestStaticPod(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, false, nil)
+		c := pod("a", "here")
+		c.Object.(*cluster.Pod).MirrorUID = "config-hash"
+		w.Apply(c)
+		w.Synced()
+		a := attachment("c1", "a", "10.0.0.1")
+		a.Pod.UID = "config-hash"
+		if err := w.Attach(within(t, time.Second), a); err != nil {
+			t.Error(err)
+		}
+		b := attachment("c2", "a", "10.0.0.2")
+		b.Pod.UID = ""
+		if err := w.Attach(within(t, time.Second), b); err != nil {
+			t.Errorf("without a UID: %v", err)
+		}
+	})
+}
+
+// TestDetach holds that DEL closes the pod for as long as its veth is there, and that the end of the veth ends the registration.
+func TestDetach(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, true, nil)
+		w.Synced()
+		a := attachment("c1", "a", "10.0.0.1")
+		if err := w.Attach(within(t, time.Second), a); err != nil {
+			t.Fatal(err)
+		}
+		for range 2 { // DEL may come twice
+			if err := w.Detach(within(t, time.Second), a.Key); err != nil {
+				t.Fatal(err)
+			}
+			if v, _ := w.element("eg4", ip1); v != policy.Quarantined {
+				t.Fatalf("a deleted pod is not closed: %v", v)
+			}
+		}
+		if diff := cmp.Diff([]bool{true, true}, w.forgotten); diff != "" {
+			t.Errorf("forgotten while closed (-want +got):\n%s", diff)
+		}
+		if _, err := w.Check(t.Context(), a.Key); !errors.Is(err, ErrUnknown) {
+			t.Errorf("Check: %v, want ErrUnknown", err)
+		}
+		w.mu.Lock()
+		w.gone["veth-c1"] = true
+		w.mu.Unlock()
+		w.LinkGone()
+		synctest.Wait()
+		if _, ok := w.element("eg4", ip1); ok || len(w.cfg.Registry.Entries()) != 0 {
+			t.Errorf("registration outlives its link: %v", w.cfg.Registry.Entries())
+		}
+	})
+}
+
+// TestLostDEL holds that an attachment whose link has gone without a DEL is found by the sweep.
+func TestLostDEL(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, true, nil)
+		w.Synced()
+		if err := w.Attach(within(t, time.Second), attachment("c1", "a", "10.0.0.1")); err != nil {
+			t.Fatal(err)
+		}
+		w.mu.Lock()
+		w.gone["veth-c1"] = true
+		w.mu.Unlock()
+		time.Sleep(sweepEvery + time.Second) // the bubble's clock
+		synctest.Wait()
+		if n := len(w.cfg.Registry.Entries()); n != 0 {
+			t.Errorf("%d registrations left", n)
+		}
+		if !slices.Contains(w.forgets, "10.0.0.1") {
+			t.Error("its connections were not forgotten")
+		}
+	})
+}
+
+// TestReusedAddress holds that the newest ADD owns an address, and that a late DEL of its former owner takes nothing from it.
+func TestReusedAddress(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, true, nil)
+		w.Apply(denyAll("deny"))
+		w.Synced()
+		old, young := attachment("old", "a", "10.0.0.1"), attachment("young", "b", "10.0.0.1")
+		for _, a := range []attach.Attachment{old, young} {
+			if err := w.Attach(within(t, time.Second), a); err != nil {
+				t.Fatal(err)
+			}
+		}
+		forgets := len(w.forgets)
+		if err := w.Detach(within(t, time.Second), old.Key); err != nil {
+			t.Fatal(err)
+		}
+		w.mu.Lock()
+		w.gone["veth-old"] = true
+		w.mu.Unlock()
+		w.LinkGone()
+		synctest.Wait()
+		want := ruleset.To(ruleset.Goto, "in_"+policy.ID("attachment", "young", "eth0"))
+		if v, _ := w.element("in4", ip1); v != want {
+			t.Errorf("in4 has %v, want %v", v, want)
+		}
+		if len(w.forgets) != forgets {
+			t.Errorf("the new owner's connections were cut by the old DEL: %v", w.forgets[forgets:])
+		}
+	})
+}
+
+// TestGC holds that GC touches its own network only.
+func TestGC(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, true, nil)
+		w.Synced()
+		a, b, c := attachment("a", "a", "10.0.0.1"), attachment("b", "b", "10.0.0.2"), attachment("c", "c", "10.0.0.3")
+		c.Network = "other"
+		for _, x := range []attach.Attachment{a, b, c} {
+			if err := w.Attach(within(t, time.Second), x); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := w.GC(within(t, time.Second), "net", []attach.Key{a.Key}); err != nil {
+			t.Fatal(err)
+		}
+		for _, x := range []attach.Attachment{a, b, c} {
+			e, _ := w.cfg.Registry.Get(x.Key)
+			if want := x.ContainerID == "b"; e.Detached != want {
+				t.Errorf("%s detached: %v, want %v", x.ContainerID, e.Detached, want)
+			}
+		}
+	})
+}
+
+// TestUnsynced holds that nothing is written, and nobody answered, before all objects are known.
+func TestUnsynced(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, false, nil)
+		w.Apply(pod("a", "here"))
+		if err := w.Attach(within(t, time.Second), attachment("c1", "a", "10.0.0.1")); !errors.Is(err, ErrNotReady) {
+			t.Errorf("Attach: %v, want ErrNotReady", err)
+		}
+		if err := w.Status(t.Context()); !errors.Is(err, ErrNotReady) {
+			t.Errorf("Status: %v, want ErrNotReady", err)
+		}
+		if err := w.WaitReady(within(t, time.Second)); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("WaitReady: %v", err)
+		}
+		if rs := w.kernel.Ruleset(); len(rs) != 0 {
+			t.Errorf("the kernel was written to:\n%s", rs)
+		}
+		w.Synced()
+		if err := w.WaitReady(within(t, time.Second)); err != nil {
+			t.Errorf("WaitReady: %v", err)
+		}
+		if err := w.Status(t.Context()); err != nil {
+			t.Errorf("Status: %v", err)
+		}
+	})
+}
+
+// TestRestart holds that a new daemon adopts tables and registrations: nothing closes, no connection is forgotten; an ADD that
+// the old daemon had not finished starts over.
+func TestRestart(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		first := start(t, false, nil)
+		first.Apply(pod("a", "here"), denyAll("deny"))
+		first.Synced()
+		if err := first.Attach(within(t, time.Second), attachment("c1", "a", "10.0.0.1")); err != nil {
+			t.Fatal(err)
+		}
+		if err := first.Attach(within(t, time.Second), attachment("c2", "b", "10.0.0.2")); !errors.Is(err, ErrNotReady) {
+			t.Fatalf("Attach: %v, want ErrNotReady", err)
+		}
+		before := first.kernel.Ruleset().String()
+
+		second := start(t, false, first)
+		synctest.Wait()
+		if diff := cmp.Diff(before, second.kernel.Ruleset().String()); diff != "" {
+			t.Errorf("the kernel changed before the objects were known:\n%s", diff)
+		}
+		second.Apply(pod("a", "here"), denyAll("deny"), pod("b", "here"))
+		second.Synced()
+		synctest.Wait()
+		if diff := cmp.Diff([]string{"10.0.0.2"}, second.forgets); diff != "" {
+			t.Errorf("forgotten (-want +got):\n%s", diff)
+		}
+		for _, p := range second.Pods() {
+			if p.State != StateEnforced {
+				t.Errorf("%s/%s is %s: %s", p.Namespace, p.Name, p.State, p.Reason)
+			}
+		}
+	})
+}
+
+// TestCommitFails holds that a refused transaction is repeated from what the kernel really has, and that those who wait hear why.
+func TestCommitFails(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, false, nil)
+		w.Apply(pod("a", "here"), denyAll("deny"))
+		w.Synced()
+		synctest.Wait()
+		w.kernel.FailNext(unix.EPERM)
+		if err := w.Attach(within(t, time.Millisecond), attachment("c1", "a", "10.0.0.1")); !errors.Is(err, ErrNotReady) {
+			t.Errorf("Attach: %v, want ErrNotReady", err)
+		}
+		if s := w.NodeStatus(); s.Error == "" {
+			t.Error("the status does not show the error")
+		}
+		time.Sleep(retryFirst + time.Second)
+		synctest.Wait()
+		if s := w.NodeStatus(); s.Error != "" || s.Enforced != 1 {
+			t.Errorf("not healed: %+v", s)
+		}
+
+		// Somebody else deletes the table.
+		err := w.kernel.Commit(t.Context(), ruleset.Delta{Apply: []ruleset.Op{{Kind: ruleset.DelTable, Table: w.tables()[0]}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.Apply(denyAll("another"), pod("a", "here", "10.0.0.9"))
+		if err := w.Attach(within(t, 10*time.Second), attachment("c2", "a", "10.0.0.2")); err != nil {
+			t.Errorf("Attach: %v", err)
+		}
+		if _, ok := w.element("in4", ip1); !ok {
+			t.Error("the table was not restored")
+		}
+	})
+}
+
+// TestIdentity holds who a pod without K8S_POD_* is.
+func TestIdentity(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		nameless := attachment("c1", "", "10.0.0.1")
+		nameless.Pod = attach.PodRef{}
+		half := nameless
+		half.Pod.Name = "x"
+
+		alone := start(t, true, nil)
+		alone.Synced()
+		if err := alone.Attach(within(t, time.Second), half); !errors.Is(err, ErrIdentity) {
+			t.Errorf("half a name: %v, want ErrIdentity", err)
+		}
+		if err := alone.Attach(within(t, time.Second), nameless); err != nil {
+			t.Fatal(err)
+		}
+		if got := alone.Pods()[0]; got.Namespace != "default" || got.Name != "c1" {
+			t.Errorf("it is %s/%s, want default/c1", got.Namespace, got.Name)
+		}
+		api := start(t, false, nil)
+		api.Synced()
+		if err := api.Attach(within(t, time.Second), nameless); !errors.Is(err, ErrIdentity) {
+			t.Errorf("with an API server: %v, want ErrIdentity", err)
+		}
+	})
+}
+
+// TestRefused holds that an attachment that cannot be enforced is refused and not registered.
+func TestRefused(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, true, nil)
+		w.Synced()
+		w.gone["veth-c1"] = true
+		if err := w.Attach(within(t, time.Second), attachment("c1", "a", "10.0.0.1")); !errors.Is(err, ErrNoHostLink) {
+			t.Errorf("link that does not exist: %v", err)
+		}
+		w.hidden = true
+		port := attachment("c2", "a", "10.0.0.1")
+		port.HostLink.Name = "port"
+		if err := w.Attach(within(t, time.Second), port); !errors.Is(err, ErrRefused) {
+			t.Errorf("bridge whose traffic cannot be seen: %v", err)
+		}
+		broken := attachment("c3", "a", "10.0.0.1")
+		broken.HostLink.Name = "broken"
+		if err := w.Attach(within(t, time.Second), broken); err == nil {
+			t.Error("a link that cannot be looked up was accepted")
+		}
+		if n := len(w.cfg.Registry.Entries()); n != 0 {
+			t.Errorf("%d registrations", n)
+		}
+	})
+}
+
+// TestAdopt holds that pods which never passed through the plugin are enforced by the addresses that the API reports, and that
+// an object which outlives its pod does not take the address of an attachment.
+func TestAdopt(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, false, nil)
+		w.Apply(denyAll("deny"), pod("early", "here", "10.0.0.5"), pod("stale", "here", "10.0.0.1"), pod("remote", "there", "10.0.9.9"), pod("a", "here"))
+		w.Synced()
+		if err := w.Attach(within(t, time.Second), attachment("c1", "a", "10.0.0.1")); err != nil {
+			t.Fatal(err)
+		}
+		if _, ok := w.element("in4", netip.MustParseAddr("10.0.0.5")); !ok {
+			t.Error("a pod that was there before podwall is open")
+		}
+		if _, ok := w.element("in4", netip.MustParseAddr("10.0.9.9")); ok {
+			t.Error("a pod of another node is enforced")
+		}
+		want := ruleset.To(ruleset.Goto, "in_"+policy.ID("attachment", "c1", "eth0"))
+		if v, _ := w.element("in4", ip1); v != want {
+			t.Errorf("in4 has %v, want %v", v, want)
+		}
+		if s := w.NodeStatus(); s.Adopted != 1 || s.Enforced != 1 {
+			t.Errorf("status: %+v", s)
+		}
+	})
+}
+
+// TestGoneObject holds that a pod whose object is force-deleted keeps its isolation until DEL.
+func TestGoneObject(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, false, nil)
+		w.Apply(pod("a", "here"), denyAll("deny"))
+		w.Synced()
+		if err := w.Attach(within(t, time.Second), attachment("c1", "a", "10.0.0.1")); err != nil {
+			t.Fatal(err)
+		}
+		w.Apply(cluster.Change{Key: pod("a", "here").Key})
+		synctest.Wait()
+		if s := w.NodeStatus(); s.Enforced != 1 {
+			t.Errorf("status: %+v", s)
+		}
+		if _, ok := w.element("eg4", ip1); !ok {
+			t.Error("the pod is open")
+		}
+	})
+}

@@ -1,0 +1,198 @@
+package reconcile
+
+import (
+	"cmp"
+	"context"
+	"net/netip"
+	"slices"
+
+	"github.com/podwall/podwall/pkg/attach"
+	"github.com/podwall/podwall/pkg/policy"
+	"github.com/podwall/podwall/pkg/ruleset"
+)
+
+// States of a pod on this node.
+const (
+	StateEnforced    = "enforced"
+	StateQuarantined = "quarantined" // closed both ways: not known yet
+	StateDetached    = "detached"    // closed both ways: deleted, its host link is still there
+)
+
+// PodStatus is one pod of this node as enforced now.
+type PodStatus struct {
+	Namespace  string       `json:"namespace"`
+	Name       string       `json:"name"`
+	IPs        []netip.Addr `json:"ips"`
+	State      string       `json:"state"`
+	Reason     string       `json:"reason,omitempty"` // why it is closed
+	Ingress    []string     `json:"ingress"`          // policies that isolate it, namespace/name; null when this direction is open
+	Egress     []string     `json:"egress"`
+	Attachment string       `json:"attachment,omitempty"` // containerID/ifname; empty for an adopted pod
+	Link       string       `json:"link,omitempty"`
+	Bridge     string       `json:"bridge,omitempty"`
+
+	seq uint64
+}
+
+// PolicyStatus is one policy as seen from this node.
+type PolicyStatus struct {
+	Namespace string   `json:"namespace"`
+	Name      string   `json:"name"`
+	Pods      []string `json:"pods"` // of this node, namespace/name
+	Problems  []string `json:"problems,omitempty"`
+}
+
+// Status of the node in short.
+type NodeStatus struct {
+	Ready       bool     `json:"ready"`
+	Node        string   `json:"node"`
+	Enforced    int      `json:"enforced"`
+	Quarantined int      `json:"quarantined"`
+	Detached    int      `json:"detached"`
+	Adopted     int      `json:"adopted"`
+	Policies    int      `json:"policies"`
+	Problems    []string `json:"problems"`
+	Error       string   `json:"error,omitempty"` // of the last pass, when it failed
+}
+
+// publish makes the outcome of a pass visible and wakes those who wait for it.
+func (l *Loop) publish(in policy.Input, out policy.Output) {
+	v := view{ready: true, byKey: map[attach.Key]*PodStatus{}, ruleset: out.Ruleset, problems: out.Problems}
+	states := l.sortedStates()
+	counts := map[string]int{StateEnforced: 0, StateQuarantined: 0, StateDetached: 0}
+	adopted := 0
+	v.pods = make([]PodStatus, len(in.Endpoints))
+	for i, e := range in.Endpoints {
+		s := &v.pods[i]
+		s.IPs, s.Link, s.Bridge = e.IPs, e.Link, e.Bridge
+		s.State = StateEnforced
+		s.Ingress, s.Egress = out.Endpoints[e.ID].Ingress, out.Endpoints[e.ID].Egress
+		if i < len(states) { // endpoints of attachments come first, in the same order
+			st := states[i]
+			s.Namespace, s.Name = st.entry.Pod.Namespace, st.entry.Pod.Name
+			s.Attachment, s.seq = st.entry.Key.String(), st.entry.Seq
+			if e.Pod == nil {
+				s.State, s.Reason = StateQuarantined, l.reason(st)
+				if st.entry.Detached && st.clean {
+					s.State = StateDetached
+				}
+			}
+			v.byKey[st.entry.Key] = s
+			counts[s.State]++
+		} else {
+			s.Namespace, s.Name = e.Pod.Namespace, e.Pod.Name
+			adopted++
+		}
+	}
+	v.policies = l.policyStatus(v.pods, out.Problems)
+	for state, n := range counts {
+		l.cfg.Metrics.Attachments.WithLabelValues(state).Set(float64(n))
+	}
+	l.cfg.Metrics.AdoptedPods.Set(float64(adopted))
+	l.cfg.Metrics.Problems.Set(float64(len(out.Problems)))
+	l.cfg.Metrics.Synced.Set(1)
+	l.logProblems(out.Problems)
+
+	l.mu.Lock()
+	l.published = v
+	close(l.changed)
+	l.changed = make(chan struct{})
+	l.mu.Unlock()
+}
+
+func (l *Loop) reason(st *state) string {
+	switch {
+	case st.entry.Detached:
+		return "it was deleted"
+	case st.pod == nil:
+		return "its object is not known on node " + l.cfg.NodeName + " (namespace, name and UID must agree)"
+	case st.link == nil:
+		return "its host link " + st.entry.HostLink.Name + " could not be looked up"
+	}
+	return "the connections of its address's former owner are being forgotten"
+}
+
+// logProblems logs each problem once, and again if it went away and came back.
+func (l *Loop) logProblems(list []policy.Problem) {
+	now := make(map[policy.Problem]bool, len(list))
+	for _, p := range list {
+		now[p] = true
+		if !l.problems[p] {
+			l.cfg.Log.Warn("object cannot be used as written", "kind", p.Object.Kind.String(), "namespace", p.Object.Namespace, "name", p.Object.Name, "reason", p.Reason)
+		}
+	}
+	l.problems = now
+}
+
+func (l *Loop) policyStatus(pods []PodStatus, problems []policy.Problem) []PolicyStatus {
+	selected := map[string][]string{}
+	for _, p := range pods {
+		names := slices.Concat(p.Ingress, p.Egress)
+		slices.Sort(names)
+		for _, name := range slices.Compact(names) {
+			selected[name] = append(selected[name], p.Namespace+"/"+p.Name)
+		}
+	}
+	var list []PolicyStatus
+	for p := range l.model.Policies() {
+		s := PolicyStatus{Namespace: p.Namespace, Name: p.Name, Pods: selected[p.Namespace+"/"+p.Name]}
+		for _, pr := range problems {
+			if pr.Object == p.Key() {
+				s.Problems = append(s.Problems, pr.Reason)
+			}
+		}
+		list = append(list, s)
+	}
+	slices.SortFunc(list, func(a, b PolicyStatus) int {
+		return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name))
+	})
+	return list
+}
+
+// Pods returns the pods of this node.
+func (l *Loop) Pods() []PodStatus {
+	now, _ := l.current()
+	return now.pods
+}
+
+// Policies returns all policies.
+func (l *Loop) Policies() []PolicyStatus {
+	now, _ := l.current()
+	return now.policies
+}
+
+// Ruleset returns what was loaded last.
+func (l *Loop) Ruleset() ruleset.Ruleset {
+	now, _ := l.current()
+	return now.ruleset
+}
+
+// KernelRuleset reads what is loaded now.
+func (l *Loop) KernelRuleset(ctx context.Context) (ruleset.Ruleset, error) {
+	return l.cfg.Kernel.Read(ctx, l.tables()...)
+}
+
+// NodeStatus returns the node in short.
+func (l *Loop) NodeStatus() NodeStatus {
+	now, _ := l.current()
+	s := NodeStatus{Ready: now.ready, Node: l.cfg.NodeName, Policies: len(now.policies), Problems: []string{}}
+	for _, p := range now.pods {
+		switch {
+		case p.Attachment == "":
+			s.Adopted++
+		case p.State == StateEnforced:
+			s.Enforced++
+		case p.State == StateDetached:
+			s.Detached++
+		default:
+			s.Quarantined++
+		}
+	}
+	for _, p := range now.problems {
+		s.Problems = append(s.Problems, p.String())
+	}
+	if now.err != nil {
+		s.Error = now.err.Error()
+	}
+	return s
+}
