@@ -1,0 +1,127 @@
+package main
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+
+	"github.com/podwall/podwall/pkg/agentapi"
+	"github.com/podwall/podwall/pkg/policy"
+)
+
+// config is the command line of `podwalld run`.
+type config struct {
+	kubeconfig, manifests string
+	nodeName              string
+	socket, stateDir      string
+	table                 string
+	listen                string
+	ownNodeEgress         string
+	nodeDNS               addresses
+	deny                  string
+	logLevel              slog.Level
+	logFormat             string
+}
+
+// addresses is a repeatable flag of IPs; commas separate them in the environment.
+type addresses []netip.Addr
+
+// String implements flag.Value.
+func (a *addresses) String() string {
+	list := make([]string, len(*a))
+	for i, ip := range *a {
+		list[i] = ip.String()
+	}
+	return strings.Join(list, ",")
+}
+
+// Set implements flag.Value.
+func (a *addresses) Set(s string) error {
+	for part := range strings.SplitSeq(s, ",") {
+		ip, err := netip.ParseAddr(strings.TrimSpace(part))
+		if err != nil || ip.Zone() != "" {
+			return fmt.Errorf("%q is not an IP address", part)
+		}
+		*a = append(*a, ip.Unmap())
+	}
+	return nil
+}
+
+func (c *config) flags(fs *flag.FlagSet) {
+	fs.StringVar(&c.kubeconfig, "kubeconfig", "", "kubeconfig `FILE` of the API server; empty means in-cluster")
+	fs.StringVar(&c.manifests, "manifests", "", "read Namespaces, Pods and NetworkPolicies from `DIR` instead of an API server")
+	fs.StringVar(&c.nodeName, "node-name", "", "this node's name (default $NODE_NAME, then the hostname)")
+	fs.StringVar(&c.socket, "socket", agentapi.DefaultSocket, "`PATH` of the socket that the CNI plugin and operator commands speak to")
+	fs.StringVar(&c.stateDir, "state-dir", "/run/podwall", "`DIR` of the lock and of attachments/, the registrations")
+	fs.StringVar(&c.table, "table", "podwall", "`NAME` of the nftables table")
+	fs.StringVar(&c.listen, "listen", "127.0.0.1:9481", "`ADDR` for /metrics, /livez and /readyz; empty switches them off")
+	fs.StringVar(&c.ownNodeEgress, "own-node-egress", "enforce", "pod to its own node: `enforce|allow` egress policies")
+	fs.Var(&c.nodeDNS, "node-dns", "`IP` of this node whose port 53 every pod may reach, for NodeLocal DNS (repeatable)")
+	fs.StringVar(&c.deny, "deny", "drop", "what happens to denied packets: `drop|reject`")
+	fs.TextVar(&c.logLevel, "log-level", slog.LevelInfo, "`LEVEL`: debug, info, warn or error")
+	fs.StringVar(&c.logFormat, "log-format", "text", "`text|json`")
+}
+
+var tableName = regexp.MustCompile(`^[a-zA-Z][a-zA-Z0-9_-]{0,31}$`)
+
+// complete fills in what depends on the machine and reports everything that is wrong, joined.
+func (c *config) complete() error {
+	var errs []error
+	add := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	if c.kubeconfig != "" && c.manifests != "" {
+		add("--kubeconfig and --manifests exclude each other: policies come from an API server or from files")
+	}
+	if c.nodeName == "" {
+		c.nodeName = os.Getenv("NODE_NAME")
+	}
+	if c.nodeName == "" {
+		host, err := os.Hostname()
+		if err != nil {
+			add("--node-name is not set and the hostname cannot be read: %w", err)
+		}
+		c.nodeName = strings.ToLower(host)
+	}
+	if !filepath.IsAbs(c.socket) {
+		add("--socket %q: must be an absolute path", c.socket)
+	}
+	if !filepath.IsAbs(c.stateDir) {
+		add("--state-dir %q: must be an absolute path", c.stateDir)
+	}
+	if !tableName.MatchString(c.table) {
+		add("--table %q: want a letter and up to 31 letters, digits, _ or -", c.table)
+	}
+	if c.listen != "" {
+		if _, _, err := net.SplitHostPort(c.listen); err != nil {
+			add("--listen %q: want HOST:PORT, or empty for none", c.listen)
+		}
+	}
+	for _, choice := range []struct{ flag, value, a, b string }{
+		{"own-node-egress", c.ownNodeEgress, "enforce", "allow"},
+		{"deny", c.deny, "drop", "reject"},
+		{"log-format", c.logFormat, "text", "json"},
+	} {
+		if choice.value != choice.a && choice.value != choice.b {
+			add("--%s %q: must be %s or %s", choice.flag, choice.value, choice.a, choice.b)
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return usageError{err}
+	}
+	return nil
+}
+
+func (c *config) options() policy.Options {
+	return policy.Options{
+		Table:        c.table,
+		AllowOwnNode: c.ownNodeEgress == "allow",
+		NodeDNS:      c.nodeDNS,
+		Reject:       c.deny == "reject",
+	}
+}

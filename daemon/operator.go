@@ -1,0 +1,170 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/netip"
+	"net/url"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/podwall/podwall/pkg/agentapi"
+	"github.com/podwall/podwall/pkg/reconcile"
+)
+
+// askTimeout bounds an operator's question.
+const askTimeout = 10 * time.Second
+
+// ask parses the flags that all operator commands share, fetches a view and prints it as JSON or by table.
+func ask[T any](ctx context.Context, c *call, view string, query func() url.Values, table func(io.Writer, T) error) (T, error) {
+	var v T
+	socket := c.flags.String("socket", agentapi.DefaultSocket, "`PATH` of the daemon's socket")
+	output := c.flags.String("o", "table", "output as `table|json`")
+	if err := c.parse(); err != nil {
+		return v, err
+	}
+	if *output != "table" && *output != "json" {
+		return v, usageError{fmt.Errorf("-o %q: must be table or json", *output)}
+	}
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	if err := agentapi.NewClient(*socket).View(ctx, view, query(), &v); err != nil {
+		return v, err
+	}
+	if *output == "table" {
+		return v, table(c.stdout, v)
+	}
+	enc := json.NewEncoder(c.stdout)
+	enc.SetIndent("", "  ")
+	return v, enc.Encode(v)
+}
+
+func noQuery() url.Values { return nil }
+
+func showStatus(ctx context.Context, c *call) error {
+	_, err := ask(ctx, c, "node", noQuery, func(w io.Writer, s reconcile.NodeStatus) error {
+		t := newTable(w)
+		t.row("node", s.Node)
+		t.row("ready", s.Ready)
+		t.row("policies", s.Policies)
+		t.row("pods enforced", s.Enforced)
+		t.row("pods adopted", s.Adopted)
+		t.row("pods quarantined", s.Quarantined)
+		t.row("pods detached", s.Detached)
+		t.row("problems", len(s.Problems))
+		for _, p := range s.Problems {
+			t.row("", p)
+		}
+		if s.Error != "" {
+			t.row("error", s.Error)
+		}
+		return t.Flush()
+	})
+	return err
+}
+
+func showPods(ctx context.Context, c *call) error {
+	_, err := ask(ctx, c, "pods", noQuery, func(w io.Writer, pods []reconcile.PodStatus) error {
+		t := newTable(w)
+		t.row("POD", "IPS", "STATE", "INGRESS", "EGRESS", "LINK")
+		for _, p := range pods {
+			state := p.State
+			if p.Reason != "" {
+				state += " (" + p.Reason + ")"
+			}
+			t.row(p.Namespace+"/"+p.Name, join(p.IPs), state, direction(p, p.Ingress), direction(p, p.Egress), p.Link)
+		}
+		return t.Flush()
+	})
+	return err
+}
+
+// direction shows the policies that isolate a pod: "open" is the absence of any.
+func direction(p reconcile.PodStatus, policies []string) string {
+	switch {
+	case p.State != reconcile.StateEnforced:
+		return "closed"
+	case policies == nil:
+		return "open"
+	}
+	return strings.Join(policies, ",")
+}
+
+func showPolicies(ctx context.Context, c *call) error {
+	_, err := ask(ctx, c, "policies", noQuery, func(w io.Writer, policies []reconcile.PolicyStatus) error {
+		t := newTable(w)
+		t.row("POLICY", "PODS ON THIS NODE", "PROBLEMS")
+		for _, p := range policies {
+			t.row(p.Namespace+"/"+p.Name, strings.Join(p.Pods, ","), strings.Join(p.Problems, "; "))
+		}
+		return t.Flush()
+	})
+	return err
+}
+
+func showRuleset(ctx context.Context, c *call) error {
+	kernel := c.flags.Bool("kernel", false, "print what the kernel has loaded")
+	diff := c.flags.Bool("diff", false, "print what would make the kernel's ruleset right; exit code 3 if there is anything")
+	query := func() url.Values {
+		switch {
+		case *diff:
+			return url.Values{"of": {"diff"}}
+		case *kernel:
+			return url.Values{"of": {"kernel"}}
+		}
+		return nil
+	}
+	answer, err := ask(ctx, c, "ruleset", query, func(w io.Writer, v rulesetView) error {
+		for _, line := range v.Diff {
+			if _, err := fmt.Fprintln(w, line); err != nil {
+				return err
+			}
+		}
+		_, err := io.WriteString(w, v.Ruleset)
+		return err
+	})
+	if err == nil && len(answer.Diff) > 0 {
+		return errNo
+	}
+	return err
+}
+
+func showHealth(ctx context.Context, c *call) error {
+	socket := c.flags.String("socket", agentapi.DefaultSocket, "`PATH` of the daemon's socket")
+	if err := c.parse(); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	if err := agentapi.NewClient(*socket).Status(ctx); err != nil {
+		return err
+	}
+	_, err := fmt.Fprintln(c.stdout, "ok")
+	return err
+}
+
+// tableWriter aligns columns.
+type tableWriter struct{ *tabwriter.Writer }
+
+func newTable(w io.Writer) tableWriter {
+	return tableWriter{tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)}
+}
+
+func (t tableWriter) row(cells ...any) {
+	text := make([]string, len(cells))
+	for i, c := range cells {
+		text[i] = fmt.Sprint(c)
+	}
+	_, _ = fmt.Fprintln(t, strings.Join(text, "\t"))
+}
+
+func join(ips []netip.Addr) string {
+	text := make([]string, len(ips))
+	for i, ip := range ips {
+		text[i] = ip.String()
+	}
+	return strings.Join(text, ",")
+}
