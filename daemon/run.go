@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus/promhttp"
@@ -44,11 +45,6 @@ func runDaemon(ctx context.Context, c *call) error {
 	if err != nil {
 		return err
 	}
-	reg, lock, err := openState(&cfg, log)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = lock.Close() }()
 	kernel, err := nft.New(nft.Config{})
 	if err != nil {
 		return err
@@ -63,20 +59,30 @@ func runDaemon(ctx context.Context, c *call) error {
 	m := metrics.New()
 	loop := reconcile.New(reconcile.Config{
 		NodeName: cfg.nodeName, Standalone: cfg.manifests != "", Policy: cfg.options(),
-		Kernel: kernel, Links: registry.Links{}, Registry: reg, Forget: connections.Forget,
+		Kernel: kernel, Links: registry.Links{}, Forget: connections.Forget,
 		Log: log, Metrics: m, Clock: clock.RealClock{},
 	})
-	log.Info("starting", "version", versionText(), "node", cfg.nodeName, "table", cfg.table, "registered", len(reg.Entries()))
+	log.Info("starting", "version", versionText(), "node", cfg.nodeName, "table", cfg.table)
 
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return loop.Run(ctx) })
+	lead := make(chan *registry.Registry, 1)
+	var lock *os.File // held until the process has stopped writing
+	g.Go(func() error {
+		var err error
+		lock, err = becomeWriter(ctx, &cfg, lead, log)
+		return err
+	})
+	g.Go(func() error { return loop.Run(ctx, lead) })
 	g.Go(func() error { return src.Run(ctx, loop) })
 	g.Go(func() error { return watchLinks(ctx, loop, log) })
 	g.Go(func() error { return serveSocket(ctx, &cfg, loop, log) })
 	if cfg.listen != "" {
-		g.Go(func() error { return serveHealth(ctx, &cfg, loop, m) })
+		g.Go(func() error { return serveHealth(ctx, &cfg, loop, m, log) })
 	}
 	err = g.Wait()
+	if lock != nil {
+		_ = lock.Close()
+	}
 	log.Info("stopped; the kernel keeps enforcing what is loaded")
 	return err
 }
@@ -103,24 +109,31 @@ func newSource(cfg *config, log *slog.Logger) (source, error) {
 	return cluster.NewAPIServer(client, log), nil
 }
 
-// openState makes this process the writer of the state directory and loads the registrations.
-func openState(cfg *config, log *slog.Logger) (*registry.Registry, *os.File, error) {
+// becomeWriter waits until no other podwalld writes on this node, then hands the registrations to the loop. During an update of
+// the DaemonSet the new daemon stands by here, with all objects read, until the old one has gone.
+func becomeWriter(ctx context.Context, cfg *config, lead chan<- *registry.Registry, log *slog.Logger) (*os.File, error) {
 	if err := os.MkdirAll(cfg.stateDir, 0o700); err != nil {
-		return nil, nil, fmt.Errorf("create --state-dir: %w", err)
+		return nil, fmt.Errorf("create --state-dir: %w", err)
 	}
-	lock, err := registry.Lock(filepath.Join(cfg.stateDir, "daemon.lock"))
+	lock, err := registry.Lock(ctx, filepath.Join(cfg.stateDir, "daemon.lock"), func() {
+		log.Info("another podwalld writes on this node: standing by", "lock", filepath.Join(cfg.stateDir, "daemon.lock"))
+	})
+	if ctx.Err() != nil {
+		return nil, nil //nolint:nilerr // stopped while standing by
+	}
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	reg, unreadable, err := registry.Open(filepath.Join(cfg.stateDir, "attachments"))
 	if err != nil {
-		_ = lock.Close()
-		return nil, nil, err
+		return lock, err
 	}
 	for _, err := range unreadable {
 		log.Warn("registration cannot be read and is ignored; delete its pod", "error", err)
 	}
-	return reg, lock, nil
+	log.Info("writing on this node", "registered", len(reg.Entries()))
+	lead <- reg
+	return lock, nil
 }
 
 // watchLinks keeps the subscription to link events alive: without it a sweep finds what has gone.
@@ -155,12 +168,12 @@ func serveSocket(ctx context.Context, cfg *config, loop *reconcile.Loop, log *sl
 }
 
 // serveHealth serves Prometheus and probes.
-func serveHealth(ctx context.Context, cfg *config, loop *reconcile.Loop, m *metrics.Metrics) error {
+func serveHealth(ctx context.Context, cfg *config, loop *reconcile.Loop, m *metrics.Metrics, log *slog.Logger) error {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(m.Registry, promhttp.HandlerOpts{}))
 	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { _, _ = fmt.Fprintln(w, "ok") })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
-		if err := loop.Status(r.Context()); err != nil {
+		if err := ready(r.Context(), cfg, loop); err != nil {
 			http.Error(w, err.Error(), http.StatusServiceUnavailable)
 			return
 		}
@@ -170,9 +183,9 @@ func serveHealth(ctx context.Context, cfg *config, loop *reconcile.Loop, m *metr
 		Handler: mux, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: 10 * time.Second,
 		BaseContext: func(net.Listener) context.Context { return ctx },
 	}
-	ln, err := (&net.ListenConfig{}).Listen(ctx, "tcp", cfg.listen)
-	if err != nil {
-		return fmt.Errorf("--listen: %w", err)
+	ln, err := listenHealth(ctx, cfg.listen, log)
+	if err != nil || ctx.Err() != nil {
+		return err
 	}
 	stop := context.AfterFunc(ctx, func() { _ = srv.Close() })
 	defer stop()
@@ -180,4 +193,35 @@ func serveHealth(ctx context.Context, cfg *config, loop *reconcile.Loop, m *metr
 		return fmt.Errorf("serve --listen %s: %w", cfg.listen, err)
 	}
 	return nil
+}
+
+// ready is nil when this node is enforced: by this process, or by the writer that it is ready to take over from.
+func ready(ctx context.Context, cfg *config, loop *reconcile.Loop) error {
+	err := loop.Status(ctx)
+	if err == nil || !loop.Complete() {
+		return err
+	}
+	return agentapi.NewClient(cfg.socket).Status(ctx)
+}
+
+// listenHealth listens, waiting for its turn while another daemon of this node still has the address.
+func listenHealth(ctx context.Context, addr string, log *slog.Logger) (net.Listener, error) {
+	for first := true; ; first = false {
+		ln, err := (&net.ListenConfig{}).Listen(ctx, "tcp", addr)
+		switch {
+		case err == nil:
+			return ln, nil
+		case ctx.Err() != nil:
+			return nil, nil
+		case !errors.Is(err, syscall.EADDRINUSE):
+			return nil, fmt.Errorf("--listen: %w", err)
+		case first:
+			log.Warn("the address of --listen is taken, waiting for it; another podwalld may still be stopping", "listen", addr)
+		}
+		select {
+		case <-ctx.Done():
+			return nil, nil
+		case <-time.After(time.Second):
+		}
+	}
 }

@@ -36,7 +36,7 @@ func (l *Loop) Attach(ctx context.Context, a attach.Attachment) error {
 			return fmt.Errorf("%w: %w", ErrRefused, err)
 		}
 	}
-	entry, _, err := l.cfg.Registry.Put(a)
+	entry, _, err := l.registry.Put(a)
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrRefused, err)
 	}
@@ -65,14 +65,11 @@ func (l *Loop) Attach(ctx context.Context, a attach.Attachment) error {
 
 // identify fills in the pod of an attachment that came without one.
 func (l *Loop) identify(a *attach.Attachment) error {
-	if a.Pod.Namespace != "" && a.Pod.Name != "" {
+	if a.Pod.Named() {
 		return nil
 	}
 	if !l.cfg.Standalone {
 		return fmt.Errorf("%w: K8S_POD_NAMESPACE and K8S_POD_NAME must be in CNI_ARGS", ErrIdentity)
-	}
-	if a.Pod.Namespace != "" || a.Pod.Name != "" {
-		return fmt.Errorf("%w: set both K8S_POD_NAMESPACE and K8S_POD_NAME in CNI_ARGS, or neither", ErrIdentity)
 	}
 	a.Pod = attach.PodRef{Namespace: "default", Name: a.ContainerID}
 	return nil
@@ -81,7 +78,7 @@ func (l *Loop) identify(a *attach.Attachment) error {
 // Detach closes an attachment and forgets its connections; it is removed when its host link is gone. An attachment that is
 // not registered is a success.
 func (l *Loop) Detach(ctx context.Context, k attach.Key) error {
-	entry, ok, err := l.cfg.Registry.Detach(k)
+	entry, ok, err := l.registry.Detach(k)
 	if !ok {
 		return nil
 	}
@@ -102,7 +99,7 @@ func (l *Loop) Detach(ctx context.Context, k attach.Key) error {
 
 // Check returns an attachment that is enforced.
 func (l *Loop) Check(_ context.Context, k attach.Key) (attach.Attachment, error) {
-	e, ok := l.cfg.Registry.Get(k)
+	e, ok := l.registry.Get(k)
 	if !ok || e.Detached {
 		return attach.Attachment{}, fmt.Errorf("%w: %s; delete the pod so that it is added again", ErrUnknown, k)
 	}
@@ -116,7 +113,7 @@ func (l *Loop) Check(_ context.Context, k attach.Key) (attach.Attachment, error)
 // GC detaches every attachment of a network that is not listed as valid.
 func (l *Loop) GC(ctx context.Context, network string, valid []attach.Key) error {
 	var errs []error
-	for _, e := range l.cfg.Registry.Entries() {
+	for _, e := range l.registry.Entries() {
 		if e.Network == network && !e.Detached && !slices.Contains(valid, e.Key) {
 			errs = append(errs, l.Detach(ctx, e.Key))
 		}
@@ -131,6 +128,13 @@ func (l *Loop) Status(context.Context) error {
 		return fmt.Errorf("%w: the daemon has not read all objects yet", ErrNotReady)
 	}
 	return nil
+}
+
+// Complete reports whether all objects have been read, which a standby has to have done before it may take over.
+func (l *Loop) Complete() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.synced
 }
 
 // WaitReady returns when the first complete ruleset is in the kernel.

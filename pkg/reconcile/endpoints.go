@@ -58,7 +58,7 @@ func (l *Loop) refresh() error {
 
 	var errs []error
 	seen := map[attach.Key]bool{}
-	for _, e := range l.cfg.Registry.Entries() {
+	for _, e := range l.registry.Entries() {
 		st := l.states[e.Key]
 		if st == nil || st.entry.Seq != e.Seq || st.entry.Detached != e.Detached {
 			next := &state{entry: e}
@@ -74,7 +74,7 @@ func (l *Loop) refresh() error {
 				errs = append(errs, err)
 			}
 			if gone {
-				if err := l.cfg.Registry.Remove(e.Key); err != nil {
+				if err := l.registry.Remove(e.Key); err != nil {
 					errs = append(errs, err)
 				}
 				continue

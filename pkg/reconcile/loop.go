@@ -39,9 +39,8 @@ type Config struct {
 	Standalone bool
 	Policy     policy.Options
 
-	Kernel   Kernel
-	Links    Links
-	Registry *registry.Registry
+	Kernel Kernel
+	Links  Links
 	// Forget deletes the conntrack entries of addresses, so that a new pod inherits no connection from its predecessor.
 	Forget  func([]netip.Addr) (int, error)
 	Log     *slog.Logger
@@ -68,6 +67,9 @@ type Loop struct {
 	sweep     bool // links may have gone
 	published view
 	changed   chan struct{} // closed and replaced whenever published is
+
+	// registry is set once, before anything that uses it can be called: by Run when this process becomes the writer.
+	registry *registry.Registry
 
 	// Owned by Run.
 	model    *cluster.Model
@@ -132,8 +134,20 @@ func (l *Loop) kick() {
 	}
 }
 
-// Run loads the kernel's state and keeps it right until ctx ends. The tables stay in the kernel when it returns.
-func (l *Loop) Run(ctx context.Context) error {
+// Run waits until lead gives it the registry, which makes this process the writer of the node; until then it is a standby
+// that keeps its model current and writes nothing. Then it adopts what is in the kernel and keeps it right until ctx ends.
+// The tables stay in the kernel when it returns.
+func (l *Loop) Run(ctx context.Context, lead <-chan *registry.Registry) error {
+	for l.registry == nil {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-l.wake:
+			l.take()
+		case l.registry = <-lead:
+			l.kick()
+		}
+	}
 	ticker := l.cfg.Clock.NewTicker(sweepEvery)
 	defer ticker.Stop()
 	if err := l.start(ctx); err != nil {
@@ -183,7 +197,7 @@ func (l *Loop) start(ctx context.Context) error {
 	if l.loaded, err = l.cfg.Kernel.Read(ctx, l.tables()...); err != nil {
 		return fmt.Errorf("read the tables of a former daemon: %w", err)
 	}
-	for _, e := range l.cfg.Registry.Entries() {
+	for _, e := range l.registry.Entries() {
 		l.states[e.Key] = &state{entry: e, clean: l.wasOpen(e)}
 	}
 	return nil

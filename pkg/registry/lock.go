@@ -1,29 +1,43 @@
 package registry
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// ErrLocked says that another daemon is the writer.
-var ErrLocked = errors.New("another podwalld is running on this node")
+// lockPoll is how often a standby looks whether the writer is gone.
+const lockPoll = 50 * time.Millisecond
 
-// Lock makes this process the one writer. The lock is an flock: it falls with the process, however that ends.
-func Lock(path string) (*os.File, error) {
+// Lock makes this process the one writer of a node. While another process is, it calls waiting once and goes on trying until
+// ctx ends. The lock is an flock: it falls with the process that holds it, however that ends.
+func Lock(ctx context.Context, path string, waiting func()) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600) //nolint:gosec // below --state-dir
 	if err != nil {
 		return nil, fmt.Errorf("open lock: %w", err)
 	}
-	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-	if errors.Is(err, unix.EWOULDBLOCK) {
-		err = ErrLocked
+	for {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return f, nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) {
+			_ = f.Close()
+			return nil, fmt.Errorf("lock %s: %w", path, err)
+		}
+		if waiting != nil {
+			waiting()
+			waiting = nil
+		}
+		select {
+		case <-ctx.Done():
+			_ = f.Close()
+			return nil, fmt.Errorf("lock %s: %w", path, ctx.Err())
+		case <-time.After(lockPoll):
+		}
 	}
-	if err != nil {
-		_ = f.Close()
-		return nil, fmt.Errorf("lock %s: %w", path, err)
-	}
-	return f, nil
 }

@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"context"
 	"errors"
 	"net/netip"
 	"os"
@@ -120,19 +121,17 @@ func TestOwners(t *testing.T) {
 func TestLock(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "daemon.lock")
-	first, err := Lock(path)
+	first, err := Lock(t.Context(), path, func() { t.Error("waited for nobody") })
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Lock(path); !errors.Is(err, ErrLocked) {
-		t.Errorf("second lock: %v, want ErrLocked", err)
+	ctx, cancel := context.WithCancel(t.Context())
+	if _, err := Lock(ctx, path, cancel); !errors.Is(err, context.Canceled) {
+		t.Errorf("second lock: %v, want that it waits until it is cancelled", err)
 	}
-	if err := first.Close(); err != nil {
-		t.Fatal(err)
-	}
-	second, err := Lock(path)
+	second, err := Lock(t.Context(), path, func() { _ = first.Close() })
 	if err != nil {
-		t.Fatalf("the lock did not fall: %v", err)
+		t.Fatalf("the lock did not fall with its holder: %v", err)
 	}
 	_ = second.Close()
 }
