@@ -1,0 +1,481 @@
+package nft
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"math"
+	"slices"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"github.com/google/nftables/userdata"
+	"golang.org/x/sys/unix"
+
+	"github.com/podwall/podwall/pkg/ruleset"
+)
+
+// Hook numbers of base chains. They differ per family: inet's ingress is behind the five IP hooks (linux/netfilter.h,
+// NF_INET_INGRESS = NF_INET_NUMHOOKS), netdev has a numbering of its own (enum nf_dev_hooks; egress since Linux 5.16).
+var hookNumbers = map[ruleset.Family]map[string]nftables.ChainHook{
+	ruleset.Inet: {
+		"input":   unix.NF_INET_LOCAL_IN,
+		"forward": unix.NF_INET_FORWARD,
+		"ingress": unix.NF_INET_NUMHOOKS,
+	},
+	ruleset.Netdev: {
+		"ingress": unix.NF_NETDEV_INGRESS,
+		"egress":  unix.NF_NETDEV_EGRESS,
+	},
+}
+
+// Values of reject expressions (linux/netfilter/nf_tables.h: enum nft_reject_types, enum nft_reject_inet_code).
+const (
+	rejectTCPReset           = 1
+	rejectICMPX              = 2
+	icmpxAdminProhibitedCode = 3
+)
+
+// ctStateUntracked is NF_CT_STATE_UNTRACKED_BIT (linux/netfilter/nf_conntrack_common.h); the lower four bits are those of
+// ruleset.CTState.
+const ctStateUntracked = 1 << 6
+
+// registers is how many 32-bit data registers the kernel has (NFT_REG32_00 to NFT_REG32_15).
+const registers = 16
+
+// noSetID is the transaction-local number of no set. Sets are named, but the library sends a number as well, and the kernel
+// takes it when there is no set of that name: with 0 the elements of a set that somebody deleted would go to a set whose
+// AddSet in the same transaction found it there already (nft_set_lookup_global; seen on Linux 6.18).
+const noSetID = math.MaxUint32
+
+// location says where a field is: in the packet's metadata, or in one of its headers.
+type location struct {
+	meta    expr.MetaKey
+	base    expr.PayloadBase // of a header field
+	offset  uint32
+	len     uint32
+	ip      ipVersion // what the packet must be for the field to exist
+	payload bool
+}
+
+type ipVersion uint8
+
+const (
+	ipv4 ipVersion = 4
+	ipv6 ipVersion = 6
+)
+
+// fields are the locations of all fields: header offsets of RFC 791, RFC 8200, RFC 4443; ports are at the same place in
+// TCP, UDP and SCTP; the ether type follows two addresses of 6 bytes.
+var fields = map[ruleset.Field]location{
+	ruleset.IIFName:     {meta: expr.MetaKeyIIFNAME, len: unix.IFNAMSIZ},
+	ruleset.PktType:     {meta: expr.MetaKeyPKTTYPE, len: 1},
+	ruleset.L4Proto:     {meta: expr.MetaKeyL4PROTO, len: 1},
+	ruleset.EtherType:   {payload: true, base: expr.PayloadBaseLLHeader, offset: 12, len: 2},
+	ruleset.IPSaddr:     {payload: true, base: expr.PayloadBaseNetworkHeader, offset: 12, len: 4, ip: ipv4},
+	ruleset.IPDaddr:     {payload: true, base: expr.PayloadBaseNetworkHeader, offset: 16, len: 4, ip: ipv4},
+	ruleset.IP6HopLimit: {payload: true, base: expr.PayloadBaseNetworkHeader, offset: 7, len: 1, ip: ipv6},
+	ruleset.IP6Saddr:    {payload: true, base: expr.PayloadBaseNetworkHeader, offset: 8, len: 16, ip: ipv6},
+	ruleset.IP6Daddr:    {payload: true, base: expr.PayloadBaseNetworkHeader, offset: 24, len: 16, ip: ipv6},
+	ruleset.ICMPv6Type:  {payload: true, base: expr.PayloadBaseTransportHeader, offset: 0, len: 1, ip: ipv6},
+	ruleset.Sport:       {payload: true, base: expr.PayloadBaseTransportHeader, offset: 0, len: 2},
+	ruleset.Dport:       {payload: true, base: expr.PayloadBaseTransportHeader, offset: 2, len: 2},
+}
+
+var verdicts = map[ruleset.VerdictKind]expr.VerdictKind{
+	ruleset.Accept: expr.VerdictAccept,
+	ruleset.Drop:   expr.VerdictDrop,
+	ruleset.Return: expr.VerdictReturn,
+	ruleset.Jump:   expr.VerdictJump,
+	ruleset.Goto:   expr.VerdictGoto,
+}
+
+var keyTypes = map[ruleset.KeyType]nftables.SetDatatype{
+	ruleset.IPv4Addr:    nftables.TypeIPAddr,
+	ruleset.IPv6Addr:    nftables.TypeIP6Addr,
+	ruleset.InetProto:   nftables.TypeInetProto,
+	ruleset.InetService: nftables.TypeInetService,
+	ruleset.ICMPv6:      nftables.TypeICMP6Type,
+}
+
+func kernelFamily(f ruleset.Family) (nftables.TableFamily, error) {
+	switch f {
+	case ruleset.Inet:
+		return nftables.TableFamilyINet, nil
+	case ruleset.Netdev:
+		return nftables.TableFamilyNetdev, nil
+	}
+	return 0, fmt.Errorf("family %q is unknown; use inet or netdev", f)
+}
+
+func kernelTable(id ruleset.TableID) (*nftables.Table, error) {
+	family, err := kernelFamily(id.Family)
+	if err != nil {
+		return nil, err
+	}
+	return &nftables.Table{Family: family, Name: id.Name}, nil
+}
+
+func kernelChain(table *nftables.Table, c *ruleset.Chain) (*nftables.Chain, error) {
+	chain := &nftables.Chain{Table: table, Name: c.Name}
+	if c.Hook == nil {
+		return chain, nil
+	}
+	family := ruleset.Inet
+	if table.Family == nftables.TableFamilyNetdev {
+		family = ruleset.Netdev
+	}
+	number, ok := hookNumbers[family][c.Hook.Name]
+	if !ok {
+		return nil, fmt.Errorf("hook %q is unknown in family %s", c.Hook.Name, family)
+	}
+	accept := nftables.ChainPolicyAccept
+	chain.Type = nftables.ChainTypeFilter
+	chain.Hooknum = &number
+	chain.Priority = nftables.ChainPriorityRef(nftables.ChainPriority(c.Hook.Priority))
+	chain.Policy = &accept
+	chain.Device = c.Hook.Device
+	return chain, nil
+}
+
+func kernelSet(table *nftables.Table, s *ruleset.Set) (*nftables.Set, error) {
+	types := make([]nftables.SetDatatype, len(s.Key))
+	for i, k := range s.Key {
+		t, ok := keyTypes[k]
+		if !ok {
+			return nil, fmt.Errorf("key type %q is unknown", k)
+		}
+		types[i] = t
+	}
+	set := &nftables.Set{
+		Table: table, Name: s.Name, IsMap: s.Map, Interval: s.Interval, Concatenation: len(types) > 1,
+		KeyByteOrder: binaryutil.BigEndian, Comment: ruleset.Comment(s.Comment),
+	}
+	switch {
+	case len(types) == 1:
+		set.KeyType = types[0]
+	case s.Interval:
+		return nil, errors.New("an interval set has one key type") // concatenated ranges are another backend
+	default:
+		t, err := nftables.ConcatSetType(types...)
+		if err != nil {
+			return nil, err
+		}
+		set.KeyType = t
+	}
+	if s.Map {
+		set.DataType = nftables.TypeVerdict
+	}
+	return set, nil
+}
+
+// kernelElements returns the elements in ascending order, which is the order that the kernel needs to recognise
+// overlapping intervals. An interval is its first address and the one behind its last, unless that is the highest.
+func kernelElements(s *ruleset.Set, elems map[ruleset.Elem]ruleset.Verdict) ([]nftables.SetElement, error) {
+	out := make([]nftables.SetElement, 0, len(elems))
+	for _, e := range slices.Sorted(maps.Keys(elems)) {
+		if s.Interval {
+			half := len(e) / 2
+			if half != s.Key[0].Len() || len(e)%2 != 0 || e[:half] > e[half:] {
+				return nil, fmt.Errorf("element %x is not a range of %s", string(e), s.Key[0])
+			}
+			out = append(out, nftables.SetElement{Key: []byte(e[:half])})
+			if end := next([]byte(e[half:])); end != nil {
+				out = append(out, nftables.SetElement{Key: end, IntervalEnd: true})
+			}
+			continue
+		}
+		key, err := pad(s.Key, e)
+		if err != nil {
+			return nil, err
+		}
+		elem := nftables.SetElement{Key: key}
+		if s.Map {
+			elem.VerdictData = kernelVerdict(elems[e])
+		}
+		out = append(out, elem)
+	}
+	return out, nil
+}
+
+// next returns the number behind a big endian number, or nil if it is the highest.
+func next(v []byte) []byte {
+	for i := len(v) - 1; i >= 0; i-- {
+		v[i]++
+		if v[i] != 0 {
+			return v
+		}
+	}
+	return nil
+}
+
+// pad gives every part of a concatenated key a multiple of 32 bits, as registers have.
+func pad(key []ruleset.KeyType, e ruleset.Elem) ([]byte, error) {
+	var out []byte
+	rest := e
+	for _, k := range key {
+		if len(rest) < k.Len() {
+			return nil, fmt.Errorf("element %x is too short for %s", string(e), key)
+		}
+		out = append(out, rest[:k.Len()]...)
+		rest = rest[k.Len():]
+		if len(key) > 1 {
+			out = append(out, make([]byte, -len(out)&3)...)
+		}
+	}
+	if rest != "" {
+		return nil, fmt.Errorf("element %x is too long for %s", string(e), key)
+	}
+	return out, nil
+}
+
+func kernelVerdict(v ruleset.Verdict) *expr.Verdict {
+	return &expr.Verdict{Kind: verdicts[v.Kind], Chain: v.Chain}
+}
+
+func commentData(comment string) []byte {
+	if comment == "" {
+		return nil
+	}
+	return userdata.AppendString(nil, userdata.TypeComment, comment)
+}
+
+// encoder translates one rule. Like nft it puts the matches that a field depends on in front of the rule's own: ip saddr
+// is bytes 12 to 15 of the network header only if the packet is IPv4.
+type encoder struct {
+	family ruleset.Family
+	hook   *ruleset.Hook // of the rule's chain
+	// What is known from a match before.
+	ip     ipVersion
+	icmpv6 bool
+	ether  bool
+	out    []expr.Any
+}
+
+func encodeRule(family ruleset.Family, hook *ruleset.Hook, r ruleset.Rule) ([]expr.Any, error) {
+	enc := &encoder{family: family, hook: hook}
+	for _, e := range r.Exprs {
+		if err := enc.encode(e); err != nil {
+			return nil, fmt.Errorf("%s: %w", e, err)
+		}
+	}
+	return enc.out, nil
+}
+
+func (enc *encoder) add(e ...expr.Any) { enc.out = append(enc.out, e...) }
+
+func (enc *encoder) encode(e ruleset.Expr) error {
+	switch e := e.(type) {
+	case ruleset.Cmp:
+		return enc.cmp(e)
+	case ruleset.Prefix:
+		return enc.prefix(e)
+	case ruleset.Range:
+		if err := enc.loadOne(e.Field, len(e.From), len(e.To)); err != nil {
+			return err
+		}
+		enc.add(
+			&expr.Cmp{Op: expr.CmpOpGte, Register: register(0), Data: []byte(e.From)},
+			&expr.Cmp{Op: expr.CmpOpLte, Register: register(0), Data: []byte(e.To)},
+		)
+	case ruleset.In:
+		if err := enc.load(e.Fields); err != nil {
+			return err
+		}
+		enc.add(&expr.Lookup{SourceRegister: register(0), SetID: noSetID, SetName: e.Set, Invert: e.Not})
+	case ruleset.Dispatch:
+		if err := enc.load(e.Fields); err != nil {
+			return err
+		}
+		enc.add(&expr.Lookup{SourceRegister: register(0), SetID: noSetID, SetName: e.Map, DestRegister: unix.NFT_REG_VERDICT, IsDestRegSet: true})
+	case ruleset.CTState:
+		enc.ctState(e)
+	case ruleset.Counter:
+		enc.add(&expr.Counter{})
+	case ruleset.Limit:
+		enc.add(&expr.Limit{Type: expr.LimitTypePkts, Rate: uint64(e.PerSecond), Unit: expr.LimitTimeSecond, Burst: e.Burst})
+	case ruleset.Log:
+		enc.log(e)
+	case ruleset.Reject:
+		if e.TCPReset {
+			enc.add(&expr.Reject{Type: rejectTCPReset})
+		} else {
+			enc.add(&expr.Reject{Type: rejectICMPX, Code: icmpxAdminProhibitedCode})
+		}
+	case ruleset.Verdict:
+		enc.add(kernelVerdict(e))
+	default:
+		return fmt.Errorf("expression %T is unknown", e)
+	}
+	return nil
+}
+
+func (enc *encoder) cmp(e ruleset.Cmp) error {
+	value := []byte(e.Value)
+	if e.Field == ruleset.IIFName {
+		if len(value) == 0 || len(value) >= unix.IFNAMSIZ {
+			return errors.New("an interface name has 1 to 15 bytes")
+		}
+		value = append(value, make([]byte, unix.IFNAMSIZ-len(value))...)
+	}
+	if err := enc.loadOne(e.Field, len(value)); err != nil {
+		return err
+	}
+	op := expr.CmpOpEq
+	if e.Not {
+		op = expr.CmpOpNeq
+	}
+	enc.add(&expr.Cmp{Op: op, Register: register(0), Data: value})
+	if e.Field == ruleset.EtherType && !e.Not {
+		switch e {
+		case ruleset.Equal16(ruleset.EtherType, ruleset.EtherIPv4):
+			enc.ip = ipv4
+		case ruleset.Equal16(ruleset.EtherType, ruleset.EtherIPv6):
+			enc.ip = ipv6
+		}
+	}
+	return nil
+}
+
+// prefix always masks, also where the mask is whole bytes or everything, so that a rule that is read back is the same.
+func (enc *encoder) prefix(e ruleset.Prefix) error {
+	value := e.Prefix.Masked().Addr().AsSlice()
+	if err := enc.loadOne(e.Field, len(value)); err != nil {
+		return err
+	}
+	mask := make([]byte, len(value))
+	for i := range e.Prefix.Bits() {
+		mask[i/8] |= 0x80 >> (i % 8)
+	}
+	op := expr.CmpOpEq
+	if e.Not {
+		op = expr.CmpOpNeq
+	}
+	enc.add(
+		&expr.Bitwise{SourceRegister: register(0), DestRegister: register(0), Len: uint32(len(mask)), Mask: mask, Xor: make([]byte, len(mask))},
+		&expr.Cmp{Op: op, Register: register(0), Data: value},
+	)
+	return nil
+}
+
+func (enc *encoder) ctState(s ruleset.CTState) {
+	bits := uint32(s &^ ruleset.Untracked)
+	if s&ruleset.Untracked != 0 {
+		bits |= ctStateUntracked
+	}
+	enc.add(
+		&expr.Ct{Key: expr.CtKeySTATE, Register: register(0)},
+		&expr.Bitwise{
+			SourceRegister: register(0), DestRegister: register(0), Len: 4,
+			Mask: binaryutil.NativeEndian.PutUint32(bits), Xor: make([]byte, 4),
+		},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: register(0), Data: make([]byte, 4)},
+	)
+}
+
+func (enc *encoder) log(l ruleset.Log) {
+	e := &expr.Log{Key: 1<<unix.NFTA_LOG_GROUP | 1<<unix.NFTA_LOG_SNAPLEN, Group: l.Group, Snaplen: l.Snaplen}
+	if l.Prefix != "" {
+		e.Key |= 1 << unix.NFTA_LOG_PREFIX
+		e.Data = []byte(l.Prefix)
+	}
+	enc.add(e)
+}
+
+// loadOne loads one field, with which values of these lengths are going to be compared.
+func (enc *encoder) loadOne(f ruleset.Field, lens ...int) error {
+	for _, n := range lens {
+		if n != int(fields[f].len) {
+			return fmt.Errorf("%s has %d bytes, its value %d", f, fields[f].len, n)
+		}
+	}
+	return enc.load([]ruleset.Field{f})
+}
+
+// load loads fields into consecutive registers.
+func (enc *encoder) load(list []ruleset.Field) error {
+	if len(list) == 0 {
+		return errors.New("no field")
+	}
+	for _, f := range list {
+		if err := enc.depend(f); err != nil {
+			return err
+		}
+	}
+	reg := 0
+	for _, f := range list {
+		loc := fields[f]
+		if reg+loc.words() > registers {
+			return fmt.Errorf("the fields do not fit into %d registers", registers)
+		}
+		if loc.payload {
+			enc.add(&expr.Payload{DestRegister: register(reg), Base: loc.base, Offset: loc.offset, Len: loc.len})
+		} else {
+			enc.add(&expr.Meta{Key: loc.meta, Register: register(reg)})
+		}
+		reg += loc.words()
+	}
+	return nil
+}
+
+func (loc location) words() int { return int(loc.len+3) / 4 }
+
+// register returns the number of the i-th 32-bit register as the kernel dumps it (nft_dump_register): those that begin
+// one of the four 128-bit registers have the number of that one.
+func register(i int) uint32 {
+	if i%4 == 0 {
+		return uint32(unix.NFT_REG_1 + i/4)
+	}
+	return uint32(unix.NFT_REG32_00 + i)
+}
+
+// depend adds the matches without which a field is something else.
+func (enc *encoder) depend(f ruleset.Field) error {
+	loc, ok := fields[f]
+	if !ok {
+		return fmt.Errorf("field %d is unknown", f)
+	}
+	if f == ruleset.EtherType && !enc.ether {
+		// nft shows raw bytes without this match. An egress hook has no input interface: the rule would never match.
+		if enc.family != ruleset.Netdev || enc.hook != nil && enc.hook.Name == "egress" {
+			return errors.New("ether type needs a netdev table and cannot be used in an egress hook")
+		}
+		enc.ether = true
+		enc.match(expr.MetaKeyIIFTYPE, binaryutil.NativeEndian.PutUint16(unix.ARPHRD_ETHER))
+	}
+	if loc.ip != 0 && loc.ip != enc.ip {
+		if enc.ip != 0 {
+			return errors.New("the rule can never match: its fields are of different IP versions")
+		}
+		enc.ip = loc.ip
+		enc.matchIP()
+	}
+	if f == ruleset.ICMPv6Type && !enc.icmpv6 {
+		// Also behind a match of the same protocol by the rule itself: the decoder takes this one for the dependency.
+		enc.icmpv6 = true
+		enc.match(expr.MetaKeyL4PROTO, []byte{ruleset.ProtoICMPv6})
+	}
+	return nil
+}
+
+// matchIP matches the IP version: by nfproto in inet, by the ether type in netdev, where every packet has nfproto netdev.
+func (enc *encoder) matchIP() {
+	switch {
+	case enc.family == ruleset.Netdev && enc.ip == ipv4:
+		enc.match(expr.MetaKeyPROTOCOL, binaryutil.BigEndian.PutUint16(ruleset.EtherIPv4))
+	case enc.family == ruleset.Netdev:
+		enc.match(expr.MetaKeyPROTOCOL, binaryutil.BigEndian.PutUint16(ruleset.EtherIPv6))
+	case enc.ip == ipv4:
+		enc.match(expr.MetaKeyNFPROTO, []byte{unix.NFPROTO_IPV4})
+	default:
+		enc.match(expr.MetaKeyNFPROTO, []byte{unix.NFPROTO_IPV6})
+	}
+}
+
+func (enc *encoder) match(key expr.MetaKey, value []byte) {
+	enc.add(
+		&expr.Meta{Key: key, Register: register(0)},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: register(0), Data: value},
+	)
+}
