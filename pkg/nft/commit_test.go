@@ -222,31 +222,31 @@ func TestRefused(t *testing.T) {
 		text string
 	}{
 		"delete a missing table":               {ruleset.Op{Kind: ruleset.DelTable, Table: netdev}, unix.ENOENT, "delete table netdev podwall"},
-		"add to a missing table":               {ruleset.Op{Kind: ruleset.AddChain, Table: netdev, Chain: chain("x")}, unix.ENOENT, "add chain netdev podwall/x"},
-		"add elements to a missing set":        {op(ruleset.AddElements, with(set("none", ruleset.IPv4Addr), addrs(1)...)), unix.ENOENT, "add elements to set inet podwall/none"},
-		"delete a missing element":             {op(ruleset.DelElements, with(set("p4", ruleset.IPv4Addr), addrs(9)...)), unix.ENOENT, "delete elements of set inet podwall/p4"},
-		"delete a missing set":                 {op(ruleset.DelSet, set("none", ruleset.IPv4Addr)), unix.ENOENT, "delete set inet podwall/none"},
-		"delete a set in use":                  {op(ruleset.DelSet, set("p4", ruleset.IPv4Addr)), unix.EBUSY, "delete set inet podwall/p4"},
-		"add a set of another type":            {op(ruleset.AddSet, other), unix.EEXIST, "add set inet podwall/p4"},
-		"change a verdict":                     {op(ruleset.AddElements, to(accept)), unix.EEXIST, "add elements to set inet podwall/in4"},
-		"a verdict to a missing chain":         {op(ruleset.AddElements, to(ruleset.To(ruleset.Goto, "none"))), unix.ENOENT, "add elements to set inet podwall/in4"},
-		"overlapping intervals":                {op(ruleset.AddElements, overlap), unix.EEXIST, "add elements to set inet podwall/b4"},
-		"flush a missing chain":                {op(ruleset.FlushChain, chain("none")), unix.ENOENT, "flush chain inet podwall/none"},
-		"delete a missing chain":               {op(ruleset.DelChain, chain("none")), unix.ENOENT, "delete chain inet podwall/none"},
-		"delete a chain of a map":              {op(ruleset.DelChain, chain("pod")), unix.EBUSY, "delete chain inet podwall/pod"},
-		"delete a chain of a rule":             {op(ruleset.DelChain, chain("policy")), unix.EBUSY, "delete chain inet podwall/policy"},
-		"change a hook":                        {op(ruleset.AddChain, base("ingress", "forward", "", 7)), unix.EOPNOTSUPP, "add chain inet podwall/ingress"},
-		"give a regular chain a hook":          {op(ruleset.AddChain, base("pod", "forward", "", 7)), unix.EOPNOTSUPP, "add chain inet podwall/pod"},
-		"add rules to a missing chain":         {op(ruleset.AddRules, chain("none", rule(accept))), unix.ENOENT, `add rule to chain inet podwall/none "accept"`},
-		"jump to a missing chain":              {op(ruleset.AddRules, chain("pod", rule(accept), jump)), unix.ENOENT, `add rule to chain inet podwall/pod "jump none"`},
-		"jump to a base chain":                 {op(ruleset.AddRules, chain("pod", rule(ruleset.To(ruleset.Jump, "ingress")))), unix.EOPNOTSUPP, `add rule to chain inet podwall/pod "jump ingress"`},
-		"look up a missing set":                {op(ruleset.AddRules, chain("pod", lookup)), unix.ENOENT, `add rule to chain inet podwall/pod "ip saddr @none accept"`},
-		"dispatch by a set":                    {op(ruleset.AddRules, chain("pod", rule(ruleset.Dispatch{Fields: []ruleset.Field{ruleset.IPSaddr}, Map: "p4"}))), unix.EINVAL, `add rule to chain inet podwall/pod "ip saddr vmap @p4"`},
-		"a hook that the family does not have": {op(ruleset.AddChain, base("x", "egress", "v0", 0)), nil, "add chain inet podwall/x"},
-		"a value of the wrong length":          {op(ruleset.AddRules, chain("pod", rule(ruleset.Cmp{Field: ruleset.Dport, Value: "\x00\x00\x00"}))), nil, "add rule to chain inet podwall/pod"},
-		"an ether type in inet":                {op(ruleset.AddRules, chain("pod", rule(ruleset.Equal16(ruleset.EtherType, ruleset.EtherARP)))), nil, "add rule to chain inet podwall/pod"},
-		"fields of two IP versions":            {op(ruleset.AddRules, chain("pod", rule(ruleset.In{Fields: []ruleset.Field{ruleset.IPSaddr, ruleset.IP6Daddr}, Set: "p4"}))), nil, "add rule to chain inet podwall/pod"},
-		"an interface name that is too long":   {op(ruleset.AddRules, chain("pod", rule(ruleset.Cmp{Field: ruleset.IIFName, Value: strings.Repeat("x", 16)}))), nil, "add rule to chain inet podwall/pod"},
+		"add to a missing table":               {ruleset.Op{Kind: ruleset.AddChain, Table: netdev, Chain: chain("x")}, unix.ENOENT, "add chain netdev podwall x"},
+		"add elements to a missing set":        {op(ruleset.AddElements, with(set("none", ruleset.IPv4Addr), addrs(1)...)), unix.ENOENT, "add element inet podwall none"},
+		"delete a missing element":             {op(ruleset.DelElements, with(set("p4", ruleset.IPv4Addr), addrs(9)...)), unix.ENOENT, "delete element inet podwall p4"},
+		"delete a missing set":                 {op(ruleset.DelSet, set("none", ruleset.IPv4Addr)), unix.ENOENT, "delete set inet podwall none"},
+		"delete a set in use":                  {op(ruleset.DelSet, set("p4", ruleset.IPv4Addr)), unix.EBUSY, "delete set inet podwall p4"},
+		"add a set of another type":            {op(ruleset.AddSet, other), unix.EEXIST, "add set inet podwall p4"},
+		"change a verdict":                     {op(ruleset.AddElements, to(accept)), unix.EEXIST, "add element inet podwall in4"},
+		"a verdict to a missing chain":         {op(ruleset.AddElements, to(ruleset.To(ruleset.Goto, "none"))), unix.ENOENT, "add element inet podwall in4"},
+		"overlapping intervals":                {op(ruleset.AddElements, overlap), unix.EEXIST, "add element inet podwall b4"},
+		"flush a missing chain":                {op(ruleset.FlushChain, chain("none")), unix.ENOENT, "flush chain inet podwall none"},
+		"delete a missing chain":               {op(ruleset.DelChain, chain("none")), unix.ENOENT, "delete chain inet podwall none"},
+		"delete a chain of a map":              {op(ruleset.DelChain, chain("pod")), unix.EBUSY, "delete chain inet podwall pod"},
+		"delete a chain of a rule":             {op(ruleset.DelChain, chain("policy")), unix.EBUSY, "delete chain inet podwall policy"},
+		"change a hook":                        {op(ruleset.AddChain, base("ingress", "forward", "", 7)), unix.EOPNOTSUPP, "add chain inet podwall ingress"},
+		"give a regular chain a hook":          {op(ruleset.AddChain, base("pod", "forward", "", 7)), unix.EOPNOTSUPP, "add chain inet podwall pod"},
+		"add rules to a missing chain":         {op(ruleset.AddRules, chain("none", rule(accept))), unix.ENOENT, `add rule inet podwall none "accept"`},
+		"jump to a missing chain":              {op(ruleset.AddRules, chain("pod", rule(accept), jump)), unix.ENOENT, `add rule inet podwall pod "jump none"`},
+		"jump to a base chain":                 {op(ruleset.AddRules, chain("pod", rule(ruleset.To(ruleset.Jump, "ingress")))), unix.EOPNOTSUPP, `add rule inet podwall pod "jump ingress"`},
+		"look up a missing set":                {op(ruleset.AddRules, chain("pod", lookup)), unix.ENOENT, `add rule inet podwall pod "ip saddr @none accept"`},
+		"dispatch by a set":                    {op(ruleset.AddRules, chain("pod", rule(ruleset.Dispatch{Fields: []ruleset.Field{ruleset.IPSaddr}, Map: "p4"}))), unix.EINVAL, `add rule inet podwall pod "ip saddr vmap @p4"`},
+		"a hook that the family does not have": {op(ruleset.AddChain, base("x", "egress", "v0", 0)), nil, "add chain inet podwall x"},
+		"a value of the wrong length":          {op(ruleset.AddRules, chain("pod", rule(ruleset.Cmp{Field: ruleset.Dport, Value: "\x00\x00\x00"}))), nil, "add rule inet podwall pod"},
+		"an ether type in inet":                {op(ruleset.AddRules, chain("pod", rule(ruleset.Equal16(ruleset.EtherType, ruleset.EtherARP)))), nil, "add rule inet podwall pod"},
+		"fields of two IP versions":            {op(ruleset.AddRules, chain("pod", rule(ruleset.In{Fields: []ruleset.Field{ruleset.IPSaddr, ruleset.IP6Daddr}, Set: "p4"}))), nil, "add rule inet podwall pod"},
+		"an interface name that is too long":   {op(ruleset.AddRules, chain("pod", rule(ruleset.Cmp{Field: ruleset.IIFName, Value: strings.Repeat("x", 16)}))), nil, "add rule inet podwall pod"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			both(t, func(t *testing.T, k kernel) {
@@ -719,7 +719,7 @@ func opTexts(d ruleset.Delta) string {
 	var b strings.Builder
 	for _, list := range [][]ruleset.Op{d.Prepare, d.Apply, d.Cleanup} {
 		for _, o := range list {
-			fmt.Fprintf(&b, "\n\t%s", opText(o))
+			fmt.Fprintf(&b, "\n\t%s", o.Name())
 		}
 		b.WriteString("\n\t--")
 	}

@@ -65,7 +65,7 @@ func (f *Fake) Commit(ctx context.Context, d ruleset.Delta) error {
 func (f *Fake) transaction(ops []ruleset.Op) (string, error) {
 	tx := &fakeTx{tables: slices.Clone(f.tables), tableCopies: map[*ruleset.Table]bool{}, setCopies: map[*ruleset.Set]bool{}, chainCopies: map[*ruleset.Chain]bool{}}
 	for _, op := range ops {
-		tx.at = opText(op)
+		tx.at = op.Name()
 		if op.Kind == ruleset.AddRules && len(op.Chain.Rules) > 0 {
 			tx.at = ruleText(op, op.Chain.Rules[0])
 		}
@@ -282,7 +282,7 @@ func (tx *fakeTx) rules(t *ruleset.Table, op ruleset.Op) error {
 	for _, r := range op.Chain.Rules {
 		// The kernel would not get to see a rule that cannot be encoded either.
 		if _, err := encodeRule(t.ID.Family, c.Hook, r); err != nil {
-			tx.at = opText(op)
+			tx.at = op.Name()
 			return fmt.Errorf("rule %q: %w", r, err)
 		}
 		tx.at = ruleText(op, r)

@@ -119,7 +119,7 @@ func (k *Kernel) transaction(ops []ruleset.Op) (string, error) {
 	for _, op := range ops {
 		m, err := k.encode(op)
 		if err != nil {
-			return opText(op), err
+			return op.Name(), err
 		}
 		msgs = append(msgs, m...)
 	}
@@ -167,7 +167,7 @@ func (k *Kernel) encode(op ruleset.Op) ([]message, error) {
 	if err != nil {
 		return nil, err
 	}
-	text := func() string { return opText(op) }
+	text := func() string { return op.Name() }
 	one := func(send func()) []message {
 		return []message{{text: text, send: func() error { send(); return nil }}}
 	}
@@ -240,24 +240,5 @@ func (k *Kernel) encodeRules(op ruleset.Op, table *nftables.Table) ([]message, e
 	return msgs, nil
 }
 
-// opText names an operation and its object.
-func opText(op ruleset.Op) string {
-	table := string(op.Table.Family) + " " + op.Table.Name
-	verb := map[ruleset.OpKind]string{
-		ruleset.AddTable: "add table", ruleset.DelTable: "delete table",
-		ruleset.AddSet: "add set", ruleset.DelSet: "delete set",
-		ruleset.AddElements: "add elements to set", ruleset.DelElements: "delete elements of set",
-		ruleset.AddChain: "add chain", ruleset.FlushChain: "flush chain", ruleset.DelChain: "delete chain",
-		ruleset.AddRules: "add rule to chain",
-	}[op.Kind]
-	switch {
-	case op.Set != nil:
-		return verb + " " + table + "/" + op.Set.Name
-	case op.Chain != nil:
-		return verb + " " + table + "/" + op.Chain.Name
-	}
-	return verb + " " + table
-}
-
 // ruleText names one rule of an AddRules operation.
-func ruleText(op ruleset.Op, r ruleset.Rule) string { return fmt.Sprintf("%s %q", opText(op), r) }
+func ruleText(op ruleset.Op, r ruleset.Rule) string { return fmt.Sprintf("%s %q", op.Name(), r) }

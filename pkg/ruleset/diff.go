@@ -255,23 +255,28 @@ func sorted[V any](m map[string]V) func(func(string, V) bool) {
 	}
 }
 
-// String names the operation and its object, for logs and for `podwalld ruleset --diff`.
-func (o Op) String() string {
-	object := ""
+var opText = map[OpKind]string{
+	AddTable: "add table", DelTable: "delete table",
+	AddSet: "add set", DelSet: "delete set", AddElements: "add element", DelElements: "delete element",
+	AddChain: "add chain", FlushChain: "flush chain", AddRules: "add rule", DelChain: "delete chain",
+}
+
+// Name says what the operation does to which object.
+func (o Op) Name() string {
+	text := opText[o.Kind] + " " + string(o.Table.Family) + " " + o.Table.Name
 	switch {
 	case o.Set != nil:
-		object = " " + o.Set.Name
+		text += " " + o.Set.Name
 	case o.Chain != nil:
-		object = " " + o.Chain.Name
+		text += " " + o.Chain.Name
 	}
-	verb := map[OpKind]string{
-		AddTable: "add table", DelTable: "delete table",
-		AddSet: "add set", DelSet: "delete set", AddElements: "add element", DelElements: "delete element",
-		AddChain: "add chain", FlushChain: "flush chain", AddRules: "add rule", DelChain: "delete chain",
-	}[o.Kind]
-	text := verb + " " + string(o.Table.Family) + " " + o.Table.Name + object
+	return text
+}
+
+// String is Name with the elements, for `podwalld ruleset --diff`.
+func (o Op) String() string {
 	if len(o.Elements) == 0 {
-		return text
+		return o.Name()
 	}
 	elements := make([]string, 0, len(o.Elements))
 	for _, e := range slices.Sorted(maps.Keys(o.Elements)) {
@@ -281,5 +286,5 @@ func (o Op) String() string {
 		}
 		elements = append(elements, s)
 	}
-	return text + " { " + strings.Join(elements, ", ") + " }"
+	return o.Name() + " { " + strings.Join(elements, ", ") + " }"
 }
