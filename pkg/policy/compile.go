@@ -61,7 +61,7 @@ func compile(p *cluster.Policy) *compiled {
 	if p.Unreadable != "" {
 		c.problem("cannot be read (%s): it allows nothing", p.Unreadable)
 	}
-	c.subject = c.subjectSelector(&p.Spec.PodSelector)
+	exact := c.subjectSelector(&p.Spec.PodSelector)
 	in, out := c.types(&p.Spec)
 	if in {
 		c.ingress = &direction{}
@@ -73,6 +73,14 @@ func compile(p *cluster.Policy) *compiled {
 		c.egress = &direction{}
 		for i, r := range p.Spec.Egress {
 			c.egress.rules = append(c.egress.rules, c.rule(fmt.Sprintf("egress rule %d", i), r.To, r.Ports))
+		}
+	}
+	if !exact {
+		// It may select pods that its author did not mean: they are closed by it, and opened by none of its rules.
+		for _, d := range []*direction{c.ingress, c.egress} {
+			if d != nil {
+				d.rules = nil
+			}
 		}
 	}
 	return c
@@ -261,22 +269,25 @@ func comparePorts(a, b portRange) int {
 }
 
 // subjectSelector parses spec.podSelector. One that does not parse (objects stored before label values were validated) is
-// decided as far as it can be: a value that no label can have is not matched by In and is always avoided by NotIn; what
-// cannot be decided at all selects, because a policy that selects too much closes and one that selects too little opens.
-func (c *compiled) subjectSelector(s *metav1.LabelSelector) labels.Selector {
+// decided as far as it can be: a value that no label can have is not matched by In and is always avoided by NotIn. It reports
+// false when a part could not be decided at all and was left out, so that the selector may match too much.
+func (c *compiled) subjectSelector(s *metav1.LabelSelector) bool {
 	sel, err := metav1.LabelSelectorAsSelector(s)
 	if err == nil {
-		return sel
+		c.subject = sel
+		return true
 	}
-	c.problem("podSelector: %v: decided without the parts that cannot be used", err)
+	c.subject = labels.Nothing()
 	sel = labels.Everything()
 	for k, v := range s.MatchLabels {
 		req, err := labels.NewRequirement(k, "=", []string{v})
 		if err != nil {
-			return labels.Nothing()
+			c.problem("podSelector: %v: no pod can have this label, so it selects none", err)
+			return true
 		}
 		sel = sel.Add(*req)
 	}
+	exact := true
 	for _, e := range s.MatchExpressions {
 		one := e
 		if e.Operator == metav1.LabelSelectorOpIn || e.Operator == metav1.LabelSelectorOpNotIn {
@@ -286,17 +297,25 @@ func (c *compiled) subjectSelector(s *metav1.LabelSelector) labels.Selector {
 			})
 			if len(one.Values) == 0 && len(e.Values) > 0 {
 				if e.Operator == metav1.LabelSelectorOpIn {
-					return labels.Nothing()
+					c.problem("podSelector: %v: no pod can have this label, so it selects none", err)
+					return true
 				}
 				continue
 			}
 		}
 		part, err := metav1.LabelSelectorAsSelector(&metav1.LabelSelector{MatchExpressions: []metav1.LabelSelectorRequirement{one}})
 		if err != nil {
+			exact = false
 			continue
 		}
 		reqs, _ := part.Requirements()
 		sel = sel.Add(reqs...)
 	}
-	return sel
+	c.subject = sel
+	if exact {
+		c.problem("podSelector: %v: values that no label can have are left out", err)
+	} else {
+		c.problem("podSelector: %v: what is left of it selects pods that this policy closes and does not open", err)
+	}
+	return exact
 }
