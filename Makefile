@@ -1,0 +1,88 @@
+# Targets with a comment behind two number signs are listed by `make help`.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+export PATH := $(PATH):/usr/sbin:/sbin
+
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+LDFLAGS := -s -w -X main.version=$(VERSION)
+FUZZTIME ?= 30s
+GO_BUILD := CGO_ENABLED=0 go build -trimpath
+
+PROGRAMS := podwall podwalld $(if $(wildcard install/*.go),podwall-install)
+MODULE := github.com/podwall/podwall
+E2E := ./tests/e2e/...
+LINT := go tool -modfile=tools/go.mod golangci-lint
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: build
+build: $(PROGRAMS:%=bin/%) ## build the programs, static, into bin/
+
+# Go knows what is up to date.
+.PHONY: $(PROGRAMS:%=bin/%)
+bin/podwall: SOURCE := ./plugin
+bin/podwalld: SOURCE := ./daemon
+bin/podwall-install: SOURCE := ./install
+$(PROGRAMS:%=bin/%):
+	$(GO_BUILD) -ldflags "$(LDFLAGS)" -o $@ $(SOURCE)
+
+.PHONY: tools
+tools: bin/cni/.built ## build cnitool and the CNI plugins that tests and demo chain after, into bin/cni/
+
+bin/cni/.built: go.mod go.sum
+	$(GO_BUILD) -ldflags "-s -w" -o bin/cni/ tool
+	@touch $@
+
+.PHONY: deps
+deps: # what tests and demo run beside Go
+	@hack/deps.sh ip nft gcc
+
+.PHONY: root
+root:
+	@if ((EUID != 0)); then echo "$(MAKECMDGOALS) makes network namespaces and nftables rules in them: run it as root" >&2; exit 1; fi
+
+.PHONY: demo
+demo: root deps build tools ## who reaches whom, for every example: builds a node out of namespaces (as root, leaves nothing)
+	$(GO_BUILD) -o bin/podwall-demo ./tests/demo
+	bin/podwall-demo
+
+.PHONY: test
+test: root deps build tools ## all tests but the cluster's: vet, unit (race detector), kernel, end to end (as root)
+	go vet ./...
+	go build -o bin/testreport ./hack/testreport
+	{ failed=0; \
+	  go test -json -count=1 -timeout 10m -race -cover $$(go list ./... | grep -v /tests/e2e) || failed=1; \
+	  PODWALL_E2E_BIN=$(CURDIR)/bin go test -json -count=1 -timeout 10m $(E2E) || failed=1; \
+	  exit $$failed; } | bin/testreport -cover $(MODULE)/pkg/policy=90 -cover $(MODULE)/pkg/ruleset=90
+
+.PHONY: test-race
+test-race: root deps build tools ## all of that with the race detector, in the daemon of the end-to-end tests as well (as root)
+	mkdir -p bin/race
+	cp -a bin/podwall bin/cni bin/race/
+	CGO_ENABLED=1 go build -race -o bin/race/podwalld ./daemon
+	GORACE=halt_on_error=1 PODWALL_E2E_BIN=$(CURDIR)/bin/race go test -race -count=1 -timeout 20m ./...
+
+.PHONY: fuzz
+fuzz: ## every fuzz target for FUZZTIME (30s)
+	hack/fuzz.sh $(FUZZTIME)
+
+.PHONY: lint
+lint: ## golangci-lint, from a module of its own (the first run builds it: minutes)
+	$(LINT) run ./...
+
+.PHONY: verify
+verify: ## what must hold before a commit: formatted, tidy, vetted, imports in the right direction
+	@unformatted=$$(gofmt -l .); \
+	if [[ -n $$unformatted ]]; then echo "run gofmt -w on:" $$unformatted >&2; exit 1; fi
+	go mod tidy -diff
+	go -C tools mod tidy -diff
+	go vet ./...
+	go test -count=1 ./tests
+
+.PHONY: clean
+clean: ## remove bin/
+	rm -rf bin
