@@ -71,10 +71,14 @@ type rulesetView struct {
 	Diff    []string `json:"diff,omitempty"` // what would make the kernel right again
 }
 
-// views are the operator's questions.
-func views(loop *reconcile.Loop) map[string]agentapi.View {
+// views are the operator's questions. faults are what is wrong with the source, beside the objects that it read.
+func views(loop *reconcile.Loop, faults func() []string) map[string]agentapi.View {
 	return map[string]agentapi.View{
-		"node":     func(context.Context, url.Values) (any, error) { return loop.NodeStatus(), nil },
+		"node": func(context.Context, url.Values) (any, error) {
+			s := loop.NodeStatus()
+			s.Problems = append(faults(), s.Problems...)
+			return s, nil
+		},
 		"pods":     func(context.Context, url.Values) (any, error) { return loop.Pods(), nil },
 		"policies": func(context.Context, url.Values) (any, error) { return loop.Policies(), nil },
 		"ruleset": func(ctx context.Context, q url.Values) (any, error) {

@@ -41,7 +41,7 @@ func runDaemon(ctx context.Context, c *call) error {
 		return err
 	}
 	log := newLogger(&cfg, c)
-	src, err := newSource(&cfg, log)
+	src, faults, err := newSource(&cfg, log)
 	if err != nil {
 		return err
 	}
@@ -56,7 +56,7 @@ func runDaemon(ctx context.Context, c *call) error {
 	}
 	defer connections.Close()
 
-	m := metrics.New()
+	m := metrics.New(func() float64 { return float64(len(faults())) })
 	loop := reconcile.New(reconcile.Config{
 		NodeName: cfg.nodeName, Standalone: cfg.manifests != "", Policy: cfg.options(),
 		Kernel: kernel, Links: registry.Links{}, Forget: connections.Forget,
@@ -75,7 +75,7 @@ func runDaemon(ctx context.Context, c *call) error {
 	g.Go(func() error { return loop.Run(ctx, lead) })
 	g.Go(func() error { return src.Run(ctx, loop) })
 	g.Go(func() error { return watchLinks(ctx, loop, log) })
-	g.Go(func() error { return serveSocket(ctx, &cfg, loop, log) })
+	g.Go(func() error { return serveSocket(ctx, &cfg, loop, faults, log) })
 	if cfg.listen != "" {
 		g.Go(func() error { return serveHealth(ctx, &cfg, loop, m, log) })
 	}
@@ -98,15 +98,23 @@ func newLogger(cfg *config, c *call) *slog.Logger {
 	return log
 }
 
-func newSource(cfg *config, log *slog.Logger) (source, error) {
-	if cfg.manifests != "" {
-		return cluster.NewManifests(cfg.manifests, log), nil
+// newSource returns where objects come from, and what is wrong with it right now: files that cannot be read as they are.
+func newSource(cfg *config, log *slog.Logger) (source, func() []string, error) {
+	if cfg.manifests == "" {
+		client, err := cluster.RESTClient(cfg.kubeconfig)
+		if err != nil {
+			return nil, nil, err
+		}
+		return cluster.NewAPIServer(client, log), func() []string { return nil }, nil
 	}
-	client, err := cluster.RESTClient(cfg.kubeconfig)
-	if err != nil {
-		return nil, err
-	}
-	return cluster.NewAPIServer(client, log), nil
+	files := cluster.NewManifests(cfg.manifests, log)
+	return files, func() []string {
+		var list []string
+		for _, p := range files.Problems() {
+			list = append(list, p.String())
+		}
+		return list
+	}, nil
 }
 
 // becomeWriter waits until no other podwalld writes on this node, then hands the registrations to the loop. During an update of
@@ -155,7 +163,7 @@ func watchLinks(ctx context.Context, loop *reconcile.Loop, log *slog.Logger) err
 
 // serveSocket answers the plugin from the moment on that the kernel holds a complete ruleset: before that an ADD finds no
 // socket, is told to try again, and leaves nothing behind.
-func serveSocket(ctx context.Context, cfg *config, loop *reconcile.Loop, log *slog.Logger) error {
+func serveSocket(ctx context.Context, cfg *config, loop *reconcile.Loop, faults func() []string, log *slog.Logger) error {
 	if err := loop.WaitReady(ctx); err != nil {
 		return nil //nolint:nilerr // the daemon was stopped before it was ready
 	}
@@ -164,7 +172,7 @@ func serveSocket(ctx context.Context, cfg *config, loop *reconcile.Loop, log *sl
 		return err
 	}
 	log.Info("ready", "socket", cfg.socket)
-	return agentapi.Serve(ctx, ln, agentapi.NewHandler(agent{loop}, views(loop), log), log)
+	return agentapi.Serve(ctx, ln, agentapi.NewHandler(agent{loop}, views(loop, faults), log), log)
 }
 
 // serveHealth serves Prometheus and probes.

@@ -20,8 +20,8 @@ type Metrics struct {
 	Synced        prometheus.Gauge
 }
 
-// New registers the collectors and the Go runtime's.
-func New() *Metrics {
+// New registers the collectors and the Go runtime's. sourceProblems counts what is wrong with the source of objects.
+func New(sourceProblems func() float64) *Metrics {
 	m := &Metrics{
 		Registry: prometheus.NewRegistry(),
 		Attachments: prometheus.NewGaugeVec(prometheus.GaugeOpts{
@@ -49,6 +49,9 @@ func New() *Metrics {
 			Name: "podwall_synced", Help: "1 once all objects have been read and the ruleset is in the kernel.",
 		}),
 	}
+	m.Registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "podwall_source_problems", Help: "Manifest files or documents that cannot be read as they are; each is named in the log.",
+	}, sourceProblems))
 	m.Registry.MustRegister(m.Attachments, m.AdoptedPods, m.Problems, m.Objects, m.Commits, m.CommitSeconds, m.RenderSeconds, m.Synced,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m

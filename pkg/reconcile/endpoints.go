@@ -135,7 +135,7 @@ func (l *Loop) podOf(e *registry.Entry) *cluster.Pod {
 // input collects what the ruleset is rendered from.
 func (l *Loop) input() policy.Input {
 	in := policy.Input{Model: l.model, Options: l.cfg.Policy}
-	states := l.sortedStates() // settle and publish rely on endpoints being in this order
+	states := l.sortedStates() // settle, conflicts and publish rely on endpoints being in this order
 	entries := make([]registry.Entry, len(states))
 	for i, st := range states {
 		entries[i] = st.entry
@@ -159,6 +159,29 @@ func (l *Loop) input() policy.Input {
 		in.Endpoints = append(in.Endpoints, e)
 	}
 	return l.adopt(in, owners, attached)
+}
+
+// conflicts reports attachments that lost an address to a later ADD: nothing but their own pod is closed by it.
+func (l *Loop) conflicts(in policy.Input) []policy.Problem {
+	owner := map[netip.Addr]string{}
+	for _, e := range in.Endpoints {
+		for _, ip := range e.IPs {
+			owner[ip] = e.Name
+		}
+	}
+	var problems []policy.Problem
+	for i, st := range l.sortedStates() {
+		for _, ip := range st.entry.IPs {
+			if st.entry.Detached || slices.Contains(in.Endpoints[i].IPs, ip) {
+				continue
+			}
+			problems = append(problems, policy.Problem{
+				Object: cluster.Key{Kind: cluster.KindPod, Namespace: st.entry.Pod.Namespace, Name: st.entry.Pod.Name},
+				Reason: fmt.Sprintf("its address %s was given to %s by a later ADD: it can no longer use it; delete the pod, and look why the main plugin's IPAM gave it away", ip, owner[ip]),
+			})
+		}
+	}
+	return problems
 }
 
 // adopt adds the pods of this node that never passed through the plugin, by the addresses that the API reports.

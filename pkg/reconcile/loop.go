@@ -214,6 +214,7 @@ func (l *Loop) pass(ctx context.Context) error {
 		begin := l.cfg.Clock.Now()
 		in := l.input()
 		out := policy.Render(in)
+		out.Problems = append(out.Problems, l.conflicts(in)...)
 		delta := ruleset.Diff(l.loaded, out.Ruleset)
 		l.cfg.Metrics.RenderSeconds.Observe(l.cfg.Clock.Since(begin).Seconds())
 		if err := l.commit(ctx, delta); err != nil {

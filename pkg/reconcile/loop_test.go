@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -89,7 +90,7 @@ func start(t *testing.T, standalone bool, old *world) *world {
 	w.Loop = New(Config{
 		NodeName: "here", Standalone: standalone, Policy: policy.Options{Table: "podwall"},
 		Kernel: w.kernel, Links: w, Forget: w.forget,
-		Log: slog.New(slog.DiscardHandler), Metrics: metrics.New(), Clock: clock.RealClock{},
+		Log: slog.New(slog.DiscardHandler), Metrics: metrics.New(func() float64 { return 0 }), Clock: clock.RealClock{},
 	})
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
@@ -308,6 +309,9 @@ func TestReusedAddress(t *testing.T) {
 			if err := w.Attach(within(t, time.Second), a); err != nil {
 				t.Fatal(err)
 			}
+		}
+		if p := w.NodeStatus().Problems; len(p) != 1 || !strings.Contains(p[0], "Pod ns/a: its address 10.0.0.1 was given to ns/b") {
+			t.Errorf("problems: %v", p)
 		}
 		forgets := len(w.forgets)
 		if err := w.Detach(within(t, time.Second), old.Key); err != nil {
@@ -557,7 +561,7 @@ func TestStandby(t *testing.T) {
 		w := &world{kernel: nft.NewFake(), gone: map[string]bool{}}
 		w.Loop = New(Config{
 			NodeName: "here", Policy: policy.Options{Table: "podwall"}, Kernel: w.kernel, Links: w, Forget: w.forget,
-			Log: slog.New(slog.DiscardHandler), Metrics: metrics.New(), Clock: clock.RealClock{},
+			Log: slog.New(slog.DiscardHandler), Metrics: metrics.New(func() float64 { return 0 }), Clock: clock.RealClock{},
 		})
 		lead := make(chan *registry.Registry)
 		ctx, cancel := context.WithCancel(t.Context())
