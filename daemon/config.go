@@ -23,6 +23,7 @@ type config struct {
 	socket, stateDir      string
 	table                 string
 	listen                string
+	cniConfDir            string
 	ownNodeEgress         string
 	nodeDNS               addresses
 	deny                  string
@@ -62,6 +63,7 @@ func (c *config) flags(fs *flag.FlagSet) {
 	fs.StringVar(&c.stateDir, "state-dir", "/run/podwall", "`DIR` of the lock and of attachments/, the registrations")
 	fs.StringVar(&c.table, "table", "podwall", "`NAME` of the nftables table")
 	fs.StringVar(&c.listen, "listen", "127.0.0.1:9481", "`ADDR` for /metrics, /livez and /readyz; empty switches them off")
+	fs.StringVar(&c.cniConfDir, "cni-conf-dir", "", "watch the conflists in `DIR` and append podwall's entry again when it was lost; empty means off")
 	fs.StringVar(&c.ownNodeEgress, "own-node-egress", "enforce", "pod to its own node: `enforce|allow` egress policies")
 	fs.Var(&c.nodeDNS, "node-dns", "`IP` of this node whose port 53 every pod may reach, for NodeLocal DNS (repeatable)")
 	fs.StringVar(&c.deny, "deny", "drop", "what happens to denied packets: `drop|reject`")
@@ -93,6 +95,9 @@ func (c *config) complete() error {
 	}
 	if !filepath.IsAbs(c.stateDir) {
 		add("--state-dir %q: must be an absolute path", c.stateDir)
+	}
+	if c.cniConfDir != "" && !filepath.IsAbs(c.cniConfDir) {
+		add("--cni-conf-dir %q: must be an absolute path", c.cniConfDir)
 	}
 	if !tableName.MatchString(c.table) {
 		add("--table %q: want a letter and up to 31 letters, digits, _ or -", c.table)

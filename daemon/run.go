@@ -17,8 +17,10 @@ import (
 	"k8s.io/klog/v2"
 	"k8s.io/utils/clock"
 
+	cniconf "github.com/podwall/podwall/cni-conf"
 	"github.com/podwall/podwall/pkg/agentapi"
 	"github.com/podwall/podwall/pkg/cluster"
+	"github.com/podwall/podwall/pkg/conflist"
 	"github.com/podwall/podwall/pkg/conntrack"
 	"github.com/podwall/podwall/pkg/metrics"
 	"github.com/podwall/podwall/pkg/nft"
@@ -76,6 +78,10 @@ func runDaemon(ctx context.Context, c *call) error {
 	g.Go(func() error { return src.Run(ctx, loop) })
 	g.Go(func() error { return watchLinks(ctx, loop, log) })
 	g.Go(func() error { return serveSocket(ctx, &cfg, loop, faults, log) })
+	g.Go(func() error { return watchStandDown(ctx, &cfg, loop, log) })
+	if cfg.cniConfDir != "" {
+		g.Go(func() error { return keepEntry(ctx, &cfg, log) })
+	}
 	if cfg.listen != "" {
 		g.Go(func() error { return serveHealth(ctx, &cfg, loop, m, log) })
 	}
@@ -159,6 +165,40 @@ func watchLinks(ctx context.Context, loop *reconcile.Loop, log *slog.Logger) err
 		case <-time.After(time.Second):
 		}
 	}
+}
+
+// standDownPoll is how often the daemon looks whether podwall-install has told it to stand down.
+const standDownPoll = 500 * time.Millisecond
+
+// watchStandDown follows the marker that `podwall-install uninstall` leaves and `install` removes.
+func watchStandDown(ctx context.Context, cfg *config, loop *reconcile.Loop, log *slog.Logger) error {
+	marker := filepath.Join(cfg.stateDir, conflist.StandDownFile)
+	down := false
+	for {
+		_, err := os.Stat(marker)
+		if now := err == nil; now != down {
+			down = now
+			log.Info("podwall-install has spoken", "uninstalled", down, "marker", marker)
+			loop.StandDown(down)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(standDownPoll):
+		}
+	}
+}
+
+// keepEntry appends podwall's entry again when the main CNI has rewritten its conflist.
+func keepEntry(ctx context.Context, cfg *config, log *slog.Logger) error {
+	store := conflist.New(conflist.Config{
+		Dir: cfg.cniConfDir, Entry: cniconf.Entry(), StandDown: filepath.Join(cfg.stateDir, conflist.StandDownFile),
+	})
+	err := store.Keep(ctx, log)
+	if ctx.Err() != nil {
+		return nil
+	}
+	return err
 }
 
 // serveSocket answers the plugin from the moment on that the kernel holds a complete ruleset: before that an ADD finds no

@@ -23,6 +23,7 @@ var mayImport = map[string][]string{
 		"cni-conf", "pkg/agentapi", "pkg/attach", "pkg/cluster", "pkg/conflist", "pkg/conntrack", "pkg/hostlink", "pkg/metrics", "pkg/nft",
 		"pkg/policy", "pkg/reconcile", "pkg/registry", "pkg/ruleset", "pkg/verdictlog",
 	},
+	"install/image":  {},
 	"cni-conf":       {},
 	"pkg/attach":     {},
 	"pkg/ruleset":    {},

@@ -24,6 +24,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	cniconf "github.com/podwall/podwall/cni-conf"
+	"github.com/podwall/podwall/pkg/conflist"
 )
 
 // The addresses of every testnet, for manifests and matrices to name. Nodes do not see each other, so all use the same.
@@ -196,7 +197,7 @@ func (n *Node) writeConflist() error {
 		routes = append(routes, map[string]any{"dst": netip.PrefixFrom(map[Family]netip.Addr{IPv4: netip.IPv4Unspecified(), IPv6: netip.IPv6Unspecified()}[f], 0).String()})
 	}
 	main["ipam"] = map[string]any{"type": "host-local", "dataDir": filepath.Join(n.Dir, "ipam"), "ranges": ranges, "routes": routes}
-	conflist, err := json.MarshalIndent(list, "", "  ")
+	text, err := json.MarshalIndent(list, "", "  ")
 	if err != nil {
 		return fmt.Errorf("write conflist: %w", err)
 	}
@@ -205,16 +206,16 @@ func (n *Node) writeConflist() error {
 		if err != nil {
 			return fmt.Errorf("write conflist: %w", err)
 		}
-		if conflist, err = cniconf.Append(conflist, entry); err != nil {
+		if text, err = conflist.Insert(text, entry); err != nil {
 			return fmt.Errorf("append podwall to conflist %s: %w", n.CNI, err)
 		}
 	}
-	return n.SetConflist(conflist)
+	return n.SetConflist(text)
 }
 
 // SetConflist replaces the node's conflist. Its network must be named like the node.
-func (n *Node) SetConflist(conflist []byte) error {
-	if err := os.WriteFile(filepath.Join(n.confDir(), "10-"+n.Name+".conflist"), conflist, 0o644); err != nil {
+func (n *Node) SetConflist(text []byte) error {
+	if err := os.WriteFile(filepath.Join(n.confDir(), "10-"+n.Name+".conflist"), text, 0o644); err != nil {
 		return fmt.Errorf("write conflist of %s: %w", n.Name, err)
 	}
 	return nil

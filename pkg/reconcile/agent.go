@@ -21,6 +21,9 @@ var (
 // Attach registers an attachment and returns when its pod's isolation and allow rules are in the kernel. When ctx ends first
 // the error is ErrNotReady and the attachment stays closed until DEL.
 func (l *Loop) Attach(ctx context.Context, a attach.Attachment) error {
+	if l.isDown() {
+		return fmt.Errorf("%w: podwall was uninstalled from this node; podwall-install install takes it up again", ErrRefused)
+	}
 	if err := l.identify(&a); err != nil {
 		return err
 	}

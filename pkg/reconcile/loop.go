@@ -65,6 +65,7 @@ type Loop struct {
 	queue     []cluster.Change
 	synced    bool
 	sweep     bool // links may have gone
+	down      bool // podwall was uninstalled: the tables go
 	published view
 	changed   chan struct{} // closed and replaced whenever published is
 
@@ -123,6 +124,15 @@ func (l *Loop) Synced() {
 func (l *Loop) LinkGone() {
 	l.mu.Lock()
 	l.sweep = true
+	l.mu.Unlock()
+	l.kick()
+}
+
+// StandDown makes the loop take its tables out of the kernel and refuse attachments, or, with false, take up its work again.
+// Registrations are kept.
+func (l *Loop) StandDown(down bool) {
+	l.mu.Lock()
+	l.down = down
 	l.mu.Unlock()
 	l.kick()
 }
@@ -210,6 +220,9 @@ func (l *Loop) pass(ctx context.Context) error {
 		if !l.take() {
 			return nil
 		}
+		if l.isDown() {
+			return l.removeTables(ctx)
+		}
 		partial := l.refresh()
 		begin := l.cfg.Clock.Now()
 		in := l.input()
@@ -227,6 +240,21 @@ func (l *Loop) pass(ctx context.Context) error {
 			return err
 		}
 	}
+}
+
+func (l *Loop) isDown() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.down
+}
+
+func (l *Loop) removeTables(ctx context.Context) error {
+	if err := l.commit(ctx, ruleset.Diff(l.loaded, nil)); err != nil {
+		return err
+	}
+	l.loaded = nil
+	l.show(view{})
+	return nil
 }
 
 // take applies the queued changes and reports whether the model is complete.

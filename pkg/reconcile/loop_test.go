@@ -591,3 +591,33 @@ func TestStandby(t *testing.T) {
 		}
 	})
 }
+
+// TestStandDown holds that an uninstalled node has no tables and takes no pods, and that all comes back as it was.
+func TestStandDown(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, true, nil)
+		w.Apply(denyAll("deny"))
+		w.Synced()
+		if err := w.Attach(within(t, time.Second), attachment("c1", "a", "10.0.0.1")); err != nil {
+			t.Fatal(err)
+		}
+		before := w.kernel.Ruleset().String()
+		w.StandDown(true)
+		synctest.Wait()
+		if rs := w.kernel.Ruleset(); len(rs) != 0 || w.Status(t.Context()) == nil {
+			t.Errorf("tables are left, or the node calls itself ready:\n%s", rs)
+		}
+		if err := w.Attach(within(t, time.Second), attachment("c2", "b", "10.0.0.2")); !errors.Is(err, ErrRefused) {
+			t.Errorf("Attach: %v, want ErrRefused", err)
+		}
+		if err := w.Detach(within(t, time.Second), attachment("c9", "x", "10.0.0.9").Key); err != nil {
+			t.Errorf("Detach: %v", err)
+		}
+		w.StandDown(false)
+		synctest.Wait()
+		if diff := cmp.Diff(before, w.kernel.Ruleset().String()); diff != "" {
+			t.Errorf("tables after taking up the work again (-before +after):\n%s", diff)
+		}
+	})
+}

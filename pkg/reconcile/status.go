@@ -42,7 +42,7 @@ type PolicyStatus struct {
 	Problems  []string `json:"problems,omitempty"`
 }
 
-// Status of the node in short.
+// NodeStatus is the node in short.
 type NodeStatus struct {
 	Ready       bool     `json:"ready"`
 	Node        string   `json:"node"`
@@ -55,7 +55,7 @@ type NodeStatus struct {
 	Error       string   `json:"error,omitempty"` // of the last pass, when it failed
 }
 
-// publish makes the outcome of a pass visible and wakes those who wait for it.
+// publish makes the outcome of a pass visible.
 func (l *Loop) publish(in policy.Input, out policy.Output) {
 	v := view{ready: true, byKey: map[attach.Key]*PodStatus{}, ruleset: out.Ruleset, problems: out.Problems}
 	states := l.sortedStates()
@@ -93,11 +93,16 @@ func (l *Loop) publish(in policy.Input, out policy.Output) {
 	l.cfg.Metrics.Synced.Set(1)
 	l.logProblems(out.Problems)
 
+	l.show(v)
+}
+
+// show replaces what was published and wakes those who wait for it.
+func (l *Loop) show(v view) {
 	l.mu.Lock()
+	defer l.mu.Unlock()
 	l.published = v
 	close(l.changed)
 	l.changed = make(chan struct{})
-	l.mu.Unlock()
 }
 
 func (l *Loop) reason(st *state) string {

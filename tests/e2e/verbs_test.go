@@ -9,8 +9,8 @@ import (
 	"strings"
 	"testing"
 
-	cniconf "github.com/podwall/podwall/cni-conf"
 	"github.com/podwall/podwall/internal/testnet"
+	"github.com/podwall/podwall/pkg/conflist"
 )
 
 // quiet isolates every pod of the namespace default.
@@ -313,15 +313,15 @@ func TestLabelsFromCNI(t *testing.T) {
 		"policy.yaml": policyManifest("default", "quiet", "{podSelector: {matchLabels: {app: labelled}}}"),
 	}})
 	client := add(t, n, "default", "client", testnet.TCP(80))
-	conflist, err := n.Conflist()
+	list, err := n.Conflist()
 	if err != nil {
 		t.Fatal(err)
 	}
 	entry := fmt.Sprintf(`{"type": "podwall", "socket": %q, "args": {"cni": {"labels": [{"key": "app", "value": "labelled"}]}}}`, n.Socket())
-	if conflist, err = cniconf.Append(conflist, []byte(entry)); err != nil {
+	if list, err = conflist.Insert(list, []byte(entry)); err != nil {
 		t.Fatal(err)
 	}
-	if err := n.SetConflist(conflist); err != nil {
+	if err := n.SetConflist(list); err != nil {
 		t.Fatal(err)
 	}
 	server := add(t, n, "default", "server", testnet.TCP(80))
