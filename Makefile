@@ -79,7 +79,6 @@ verify: ## what must hold before a commit: formatted, tidy, vetted, imports in t
 	@unformatted=$$(gofmt -l .); \
 	if [[ -n $$unformatted ]]; then echo "run gofmt -w on:" $$unformatted >&2; exit 1; fi
 	go mod tidy -diff
-	go -C tools mod tidy -diff
 	go vet ./...
 	go test -count=1 ./tests
 

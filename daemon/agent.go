@@ -20,7 +20,7 @@ func coded(err error, notReady uint) error {
 	if err == nil {
 		return nil
 	}
-	code := uint(agentapi.CodeInternal)
+	code := agentapi.CodeInternal
 	for _, c := range []struct {
 		err  error
 		code uint

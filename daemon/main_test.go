@@ -181,7 +181,7 @@ func TestOperator(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- agentapi.Serve(ctx, ln, agentapi.NewHandler(fakeAgent{}, views, log), log) }()
-	t.Cleanup(func() { cancel(); <-done })
+	t.Cleanup(func() { cancel(); _ = <-done })
 
 	for _, tt := range []struct {
 		args  []string

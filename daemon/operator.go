@@ -3,11 +3,15 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"net"
+	"net/http"
 	"net/netip"
 	"net/url"
 	"strings"
+	"syscall"
 	"text/tabwriter"
 	"time"
 
@@ -132,6 +136,7 @@ func showRuleset(ctx context.Context, c *call) error {
 	return err
 }
 
+// showHealth asks the daemon of its own container if there is one, else whoever writes on this node.
 func showHealth(ctx context.Context, c *call) error {
 	socket := c.flags.String("socket", agentapi.DefaultSocket, "`PATH` of the daemon's socket")
 	if err := c.parse(); err != nil {
@@ -139,11 +144,38 @@ func showHealth(ctx context.Context, c *call) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
-	if err := agentapi.NewClient(*socket).Status(ctx); err != nil {
+	err := askOwnHealth(ctx, ownHealth(*socket))
+	if errors.Is(err, syscall.ECONNREFUSED) {
+		err = agentapi.NewClient(*socket).Status(ctx)
+	}
+	if err != nil {
 		return err
 	}
-	_, err := fmt.Fprintln(c.stdout, "ok")
+	_, err = fmt.Fprintln(c.stdout, "ok")
 	return err
+}
+
+func askOwnHealth(ctx context.Context, address string) error {
+	client := http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", address)
+		},
+	}}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://podwalld/readyz", nil)
+	if err != nil {
+		return err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return fmt.Errorf("ask the daemon of this container: %w", err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	if resp.StatusCode == http.StatusOK {
+		return nil
+	}
+	reason, _ := io.ReadAll(io.LimitReader(resp.Body, 4096))
+	return fmt.Errorf("not ready: %s", strings.TrimSpace(string(reason)))
 }
 
 // tableWriter aligns columns.

@@ -24,6 +24,7 @@ import (
 	"github.com/podwall/podwall/pkg/conntrack"
 	"github.com/podwall/podwall/pkg/metrics"
 	"github.com/podwall/podwall/pkg/nft"
+	"github.com/podwall/podwall/pkg/policy"
 	"github.com/podwall/podwall/pkg/reconcile"
 	"github.com/podwall/podwall/pkg/registry"
 )
@@ -82,8 +83,10 @@ func runDaemon(ctx context.Context, c *call) error {
 	if cfg.cniConfDir != "" {
 		g.Go(func() error { return keepEntry(ctx, &cfg, log) })
 	}
+	health := healthHandler(&cfg, loop, m)
+	g.Go(func() error { return serveHealth(ctx, "unix", ownHealth(cfg.socket), health, log) })
 	if cfg.listen != "" {
-		g.Go(func() error { return serveHealth(ctx, &cfg, loop, m, log) })
+		g.Go(func() error { return serveHealth(ctx, "tcp", cfg.listen, health, log) })
 	}
 	err = g.Wait()
 	if lock != nil {
@@ -126,8 +129,9 @@ func newSource(cfg *config, log *slog.Logger) (source, func() []string, error) {
 // becomeWriter waits until no other podwalld writes on this node, then hands the registrations to the loop. During an update of
 // the DaemonSet the new daemon stands by here, with all objects read, until the old one has gone.
 func becomeWriter(ctx context.Context, cfg *config, lead chan<- *registry.Registry, log *slog.Logger) (*os.File, error) {
-	if err := os.MkdirAll(cfg.stateDir, 0o700); err != nil {
-		return nil, fmt.Errorf("create --state-dir: %w", err)
+	// A kubelet makes missing hostPath directories 0755.
+	if err := errors.Join(os.MkdirAll(cfg.stateDir, 0o700), os.Chmod(cfg.stateDir, 0o700)); err != nil { //nolint:gosec // a directory needs x
+		return nil, fmt.Errorf("make --state-dir private: %w", err)
 	}
 	lock, err := registry.Lock(ctx, filepath.Join(cfg.stateDir, "daemon.lock"), func() {
 		log.Info("another podwalld writes on this node: standing by", "lock", filepath.Join(cfg.stateDir, "daemon.lock"))
@@ -215,8 +219,8 @@ func serveSocket(ctx context.Context, cfg *config, loop *reconcile.Loop, faults 
 	return agentapi.Serve(ctx, ln, agentapi.NewHandler(agent{loop}, views(loop, faults), log), log)
 }
 
-// serveHealth serves Prometheus and probes.
-func serveHealth(ctx context.Context, cfg *config, loop *reconcile.Loop, m *metrics.Metrics, log *slog.Logger) error {
+// healthHandler answers Prometheus and probes.
+func healthHandler(cfg *config, loop *reconcile.Loop, m *metrics.Metrics) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(m.Registry, promhttp.HandlerOpts{}))
 	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { _, _ = fmt.Fprintln(w, "ok") })
@@ -227,18 +231,23 @@ func serveHealth(ctx context.Context, cfg *config, loop *reconcile.Loop, m *metr
 		}
 		_, _ = fmt.Fprintln(w, "ok")
 	})
-	srv := &http.Server{
-		Handler: mux, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: 10 * time.Second,
-		BaseContext: func(net.Listener) context.Context { return ctx },
-	}
-	ln, err := listenHealth(ctx, cfg.listen, log)
+	return mux
+}
+
+// serveHealth serves health on a network address. While another daemon of this node still has it, it waits for its turn.
+func serveHealth(ctx context.Context, network, address string, h http.Handler, log *slog.Logger) error {
+	ln, err := listenHealth(ctx, network, address, log)
 	if err != nil || ctx.Err() != nil {
 		return err
+	}
+	srv := &http.Server{
+		Handler: h, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: 10 * time.Second,
+		BaseContext: func(net.Listener) context.Context { return ctx },
 	}
 	stop := context.AfterFunc(ctx, func() { _ = srv.Close() })
 	defer stop()
 	if err := srv.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
-		return fmt.Errorf("serve --listen %s: %w", cfg.listen, err)
+		return fmt.Errorf("serve health on %s: %w", address, err)
 	}
 	return nil
 }
@@ -252,19 +261,18 @@ func ready(ctx context.Context, cfg *config, loop *reconcile.Loop) error {
 	return agentapi.NewClient(cfg.socket).Status(ctx)
 }
 
-// listenHealth listens, waiting for its turn while another daemon of this node still has the address.
-func listenHealth(ctx context.Context, addr string, log *slog.Logger) (net.Listener, error) {
+func listenHealth(ctx context.Context, network, address string, log *slog.Logger) (net.Listener, error) {
 	for first := true; ; first = false {
-		ln, err := (&net.ListenConfig{}).Listen(ctx, "tcp", addr)
+		ln, err := (&net.ListenConfig{}).Listen(ctx, network, address)
 		switch {
 		case err == nil:
 			return ln, nil
 		case ctx.Err() != nil:
 			return nil, nil
 		case !errors.Is(err, syscall.EADDRINUSE):
-			return nil, fmt.Errorf("--listen: %w", err)
+			return nil, fmt.Errorf("listen for health: %w", err)
 		case first:
-			log.Warn("the address of --listen is taken, waiting for it; another podwalld may still be stopping", "listen", addr)
+			log.Warn("the address for health is taken, waiting for it; another podwalld may still be stopping", "address", address)
 		}
 		select {
 		case <-ctx.Done():
@@ -272,4 +280,15 @@ func listenHealth(ctx context.Context, addr string, log *slog.Logger) (net.Liste
 		case <-time.After(time.Second):
 		}
 	}
+}
+
+// ownHealth is an abstract unix socket on which a daemon answers probes of its own container: the network namespace is that of
+// the node, so the name holds the PID namespace. During an update of the DaemonSet the socket of cfg.socket and the address of
+// --listen may both be those of the other daemon.
+func ownHealth(socket string) string {
+	pid, err := os.Readlink("/proc/self/ns/pid")
+	if err != nil {
+		pid = "pid"
+	}
+	return "@podwalld-" + policy.ID("health", socket, pid)
 }

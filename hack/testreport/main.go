@@ -77,8 +77,10 @@ var coverage = regexp.MustCompile(`coverage: ([0-9.]+)% of statements`)
 func (r *report) add(e event) {
 	key := id{e.Package, e.Test}
 	switch e.Action {
-	case "run":
+	case "run", "cont":
 		r.running[key] = true
+	case "pause": // waits for its turn to run in parallel
+		delete(r.running, key)
 	case "output":
 		r.output[key] += e.Output
 	case "build-output":

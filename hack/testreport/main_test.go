@@ -56,6 +56,10 @@ func TestRun(t *testing.T) {
 		{
 			name: "panic", code: 1,
 			in: `{"Action":"run","Package":"m/a","Test":"TestA"}
+{"Action":"pause","Package":"m/a","Test":"TestA"}
+{"Action":"run","Package":"m/a","Test":"TestWaits"}
+{"Action":"pause","Package":"m/a","Test":"TestWaits"}
+{"Action":"cont","Package":"m/a","Test":"TestA"}
 {"Action":"output","Package":"m/a","Test":"TestA","Output":"panic: x\n"}
 {"Action":"output","Package":"m/a","Output":"FAIL\tm/a\t0.1s\n"}
 {"Action":"fail","Package":"m/a"}

@@ -142,21 +142,21 @@ func Print(w io.Writer, all [][]Result) error {
 			used += 2 + len(columns[n].title)
 			n++
 		}
-		line := pad(corner, width)
+		line := []string{pad(corner, width)}
 		for _, c := range columns[:n] {
-			line += "  " + pad(c.title, cellWidth)
+			line = append(line, pad(c.title, cellWidth))
 		}
-		b.WriteString(strings.TrimRight(line, " ") + "\n")
+		writeLine(&b, line)
 		for _, row := range rows {
-			line := pad(row, width)
+			line := []string{pad(row, width)}
 			for _, c := range columns[:n] {
 				cell := cmp.Or(cells[row+" "+c.title], "·")
 				if wrong[row+" "+c.title] {
 					cell += " <<"
 				}
-				line += "  " + pad(cell, max(cellWidth, utf8.RuneCountInString(c.title)))
+				line = append(line, pad(cell, max(cellWidth, utf8.RuneCountInString(c.title))))
 			}
-			b.WriteString(strings.TrimRight(line, " ") + "\n")
+			writeLine(&b, line)
 		}
 		if columns = columns[n:]; len(columns) > 0 {
 			b.WriteByte('\n')
@@ -182,6 +182,10 @@ func (v Verdict) mark() string {
 	default:
 		return "!"
 	}
+}
+
+func writeLine(b *strings.Builder, cells []string) {
+	b.WriteString(strings.TrimRight(strings.Join(cells, "  "), " ") + "\n")
 }
 
 func pad(s string, width int) string {

@@ -522,7 +522,7 @@ func TestForeignServerIsAVersionMismatch(t *testing.T) {
 			t.Errorf("status %d: code %d, want %d", status, got, want)
 		}
 	}
-	garbage := serve(t, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "hello") }))
+	garbage := serve(t, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "hello") }))
 	if _, err := NewClient(garbage).Check(t.Context(), sample("c").Key); code(t, err) != CodeTryAgainLater {
 		t.Errorf("answer that is no JSON: %v", err)
 	}
@@ -710,7 +710,7 @@ func TestWaitingIsLongerThanTheReadTimeout(t *testing.T) {
 		t.Errorf("status: %v", err)
 	}
 	srv.Close()
-	<-done
+	_ = <-done
 }
 
 func TestConnectionsBeyondTheLimitWait(t *testing.T) {
@@ -761,7 +761,7 @@ func TestConnectionsBeyondTheLimitWait(t *testing.T) {
 		t.Errorf("%d connections served at once, want 2", most)
 	}
 	srv.Close()
-	<-served
+	_ = <-served
 }
 
 func TestSilentConnectionsAreClosed(t *testing.T) {
@@ -789,5 +789,5 @@ func TestSilentConnectionsAreClosed(t *testing.T) {
 		t.Errorf("status after a silent caller: %v", err)
 	}
 	srv.Close()
-	<-served
+	_ = <-served
 }

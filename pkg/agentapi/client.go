@@ -137,8 +137,7 @@ func (u *unreachable) Unwrap() error { return u.err }
 
 // plain strips what only this package needs to know, so that callers can compare types.
 func plain(err error) error {
-	var e *Error
-	if errors.As(err, &e) {
+	if e, ok := errors.AsType[*Error](err); ok {
 		return e
 	}
 	return err
@@ -180,8 +179,7 @@ func (c *Client) do(ctx context.Context, req request) error {
 
 // noAnswer names the socket and what to do: pods cannot start on this node until somebody reads this.
 func (c *Client) noAnswer(req request, err error) error {
-	var urlErr *url.Error
-	if errors.As(err, &urlErr) {
+	if urlErr, ok := errors.AsType[*url.Error](err); ok {
 		err = urlErr.Err // less the made-up URL
 	}
 	var dial *dialError

@@ -97,7 +97,7 @@ func Serve(ctx context.Context, ln net.Listener, h http.Handler, log *slog.Logge
 	if err != nil {
 		err = fmt.Errorf("drain socket: requests that still ran were cut: %w", errors.Join(err, srv.Close()))
 	}
-	<-failed
+	_ = <-failed
 	return err
 }
 

@@ -309,7 +309,7 @@ func TestExplain(t *testing.T) {
 			t.Errorf("explain(%v) = %v, want a hint at %s", err, got, want)
 		}
 	}
-	if got := explain(unix.EIO); got != unix.EIO {
+	if got := explain(unix.EIO); !errors.Is(got, unix.EIO) {
 		t.Errorf("explain(EIO) = %v", got)
 	}
 }

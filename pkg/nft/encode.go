@@ -133,7 +133,7 @@ func kernelChain(table *nftables.Table, c *ruleset.Chain) (*nftables.Chain, erro
 	accept := nftables.ChainPolicyAccept
 	chain.Type = nftables.ChainTypeFilter
 	chain.Hooknum = &number
-	chain.Priority = nftables.ChainPriorityRef(nftables.ChainPriority(c.Hook.Priority))
+	chain.Priority = new(nftables.ChainPriority(c.Hook.Priority))
 	chain.Policy = &accept
 	chain.Device = c.Hook.Device
 	return chain, nil

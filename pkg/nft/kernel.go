@@ -167,7 +167,7 @@ func (k *Kernel) encode(op ruleset.Op) ([]message, error) {
 	if err != nil {
 		return nil, err
 	}
-	text := func() string { return op.Name() }
+	text := op.Name
 	one := func(send func()) []message {
 		return []message{{text: text, send: func() error { send(); return nil }}}
 	}

@@ -205,10 +205,10 @@ var (
 
 // exprs has a rule for every expression and field in all their forms.
 var exprs = []ruleset.Rule{
-	rule(ruleset.CTState(ruleset.Established|ruleset.Related), accept),
-	rule(ruleset.CTState(ruleset.Invalid), ruleset.Counter{}, drop),
-	rule(ruleset.CTState(ruleset.New|ruleset.Untracked), accept),
-	rule(ruleset.CTState(ruleset.Untracked), accept),
+	rule(ruleset.Established|ruleset.Related, accept),
+	rule(ruleset.Invalid, ruleset.Counter{}, drop),
+	rule(ruleset.New|ruleset.Untracked, accept),
+	rule(ruleset.Untracked, accept),
 	rule(ruleset.In{Fields: []ruleset.Field{ruleset.ICMPv6Type}, Set: "nd"}, accept),
 	rule(ruleset.Equal(ruleset.ICMPv6Type, 135), ruleset.Equal(ruleset.IP6HopLimit, 255), accept),
 	rule(ruleset.Equal(ruleset.IP6HopLimit, 255), ruleset.In{Fields: []ruleset.Field{ruleset.ICMPv6Type}, Set: "nd"}, accept),

@@ -72,7 +72,7 @@ func load(t *testing.T, archive *txtar.Archive) *scenario {
 		input: Input{Model: cluster.NewModel(), Options: Options{Table: "podwall"}},
 		pods:  map[string]*cluster.Pod{}, links: map[string]Endpoint{},
 	}
-	for _, option := range strings.Fields(part(archive, "options")) {
+	for option := range strings.FieldsSeq(part(archive, "options")) {
 		key, value, _ := strings.Cut(option, "=")
 		switch key {
 		case "reject":

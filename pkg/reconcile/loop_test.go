@@ -568,7 +568,7 @@ func TestStandby(t *testing.T) {
 		done := make(chan error, 1)
 		go func() { done <- w.Run(ctx, lead) }()
 		w.Apply(pod("a", "here", "10.0.0.1"), denyAll("deny"))
-		w.Loop.Synced()
+		w.Synced()
 		synctest.Wait()
 		if rs := w.kernel.Ruleset(); len(rs) != 0 || w.Status(t.Context()) == nil {
 			t.Errorf("a standby wrote to the kernel or calls itself ready:\n%s", rs)

@@ -70,7 +70,7 @@ func (l *Loop) publish(in policy.Input, out policy.Output) {
 		if i < len(states) { // endpoints of attachments come first, in the same order
 			st := states[i]
 			s.Namespace, s.Name = st.entry.Pod.Namespace, st.entry.Pod.Name
-			s.Attachment, s.seq = st.entry.Key.String(), st.entry.Seq
+			s.Attachment, s.seq = st.entry.String(), st.entry.Seq
 			if e.Pod == nil {
 				s.State, s.Reason = StateQuarantined, l.reason(st)
 				if st.entry.Detached && st.clean {

@@ -83,7 +83,7 @@ func diffTable(from, to *Table, d *Delta) {
 		}
 		newTable(Op{})
 	}
-	add, remove := diffSets(from, to, d)
+	elements := diffSets(from, to, d)
 
 	// New chains first and empty, so that rules and verdicts may name them in any order.
 	for name, c := range sorted(to.Chains) {
@@ -109,9 +109,7 @@ func diffTable(from, to *Table, d *Delta) {
 			ops(AddRules, &d.Apply)(Op{Chain: c})
 		}
 	}
-	// A changed verdict is a removed and an added element: removed first.
-	d.Apply = append(d.Apply, remove...)
-	d.Apply = append(d.Apply, add...)
+	d.Apply = append(d.Apply, elements...)
 	removeObjects(from, to, d)
 }
 
@@ -124,8 +122,10 @@ func hasIntervals(t *Table) bool {
 	return false
 }
 
-// diffSets appends the new sets to d and returns the changes of elements of the others.
-func diffSets(from, to *Table, d *Delta) (add, remove []Op) {
+// diffSets appends the new sets to d and returns the changes of elements: removals first, since a changed verdict is a
+// removed and an added element.
+func diffSets(from, to *Table, d *Delta) []Op {
+	var add, remove []Op
 	for name, s := range sorted(to.Sets) {
 		old := from.Sets[name]
 		if old == s {
@@ -149,21 +149,10 @@ func diffSets(from, to *Table, d *Delta) (add, remove []Op) {
 			}
 			continue
 		}
-		added, gone := map[Elem]Verdict{}, map[Elem]Verdict{}
-		for e, v := range s.Elements {
-			if was, ok := old.Elements[e]; !ok || was != v {
-				added[e] = v
-			}
-		}
-		for e, v := range old.Elements {
-			if now, ok := s.Elements[e]; !ok || now != v {
-				gone[e] = v
-			}
-		}
-		if len(gone) > 0 {
+		if gone := without(old.Elements, s.Elements); len(gone) > 0 {
 			remove = append(remove, Op{Kind: DelElements, Table: to.ID, Set: s, Elements: gone})
 		}
-		if len(added) > 0 {
+		if added := without(s.Elements, old.Elements); len(added) > 0 {
 			add = append(add, Op{Kind: AddElements, Table: to.ID, Set: s, Elements: added})
 		}
 	}
@@ -173,7 +162,22 @@ func diffSets(from, to *Table, d *Delta) (add, remove []Op) {
 			remove = append(remove, Op{Kind: DelElements, Table: to.ID, Set: s, Elements: s.Elements})
 		}
 	}
-	return add, remove
+	return append(remove, add...)
+}
+
+// without returns the elements of a that b has not, or has with another verdict.
+func without(a, b map[Elem]Verdict) map[Elem]Verdict {
+	var left map[Elem]Verdict
+	for e, v := range a {
+		if w, ok := b[e]; ok && v == w {
+			continue
+		}
+		if left == nil {
+			left = map[Elem]Verdict{}
+		}
+		left[e] = v
+	}
+	return left
 }
 
 // removeObjects flushes all chains that are to go before it deletes the first, since they may refer to each other, and

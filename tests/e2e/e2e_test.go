@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -155,9 +156,7 @@ func attachments(t *testing.T, n *testnet.Node) []string {
 func pluginCode(t *testing.T, n *testnet.Node, verb string, p *testnet.Pod, conf map[string]any) (int, string) {
 	t.Helper()
 	config := map[string]any{"cniVersion": "1.1.0", "name": n.Name, "type": "podwall", "socket": n.Socket()}
-	for k, v := range conf {
-		config[k] = v
-	}
+	maps.Copy(config, conf)
 	stdin, err := json.Marshal(config)
 	if err != nil {
 		t.Fatal(err)

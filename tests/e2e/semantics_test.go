@@ -180,7 +180,7 @@ func TestNeighbourDiscovery(t *testing.T) {
 }
 
 // ping sends an echo request and reports whether it was answered, and whether it has reached the receiver.
-func ping(t *testing.T, from, to *testnet.Host, f testnet.Family, id int) (answered, arrived bool) {
+func ping(t *testing.T, from, to *testnet.Host, f testnet.Family, id int) (bool, bool) {
 	t.Helper()
 	network, proto, request := "ip4:icmp", uint8(unix.IPPROTO_ICMP), icmp.Type(ipv4.ICMPTypeEcho)
 	if f == testnet.IPv6 {
@@ -209,6 +209,7 @@ func ping(t *testing.T, from, to *testnet.Host, f testnet.Family, id int) (answe
 		t.Fatal(err)
 	}
 	buf := make([]byte, 256)
+	answered := false
 	for !answered {
 		size, _, err := conn.ReadFrom(buf)
 		if err != nil {
@@ -221,7 +222,8 @@ func ping(t *testing.T, from, to *testnet.Host, f testnet.Family, id int) (answe
 		echo, ok := reply.Body.(*icmp.Echo)
 		answered = ok && echo.ID == id
 	}
-	if arrived, err = to.Observed(t.Context(), proto, uint16(id)); err != nil {
+	arrived, err := to.Observed(t.Context(), proto, uint16(id))
+	if err != nil {
 		t.Fatal(err)
 	}
 	return answered, arrived
@@ -336,7 +338,7 @@ func TestLinkLocal(t *testing.T) {
 // namespaces.
 func linkLocal(t *testing.T, from, to *testnet.Pod) netip.Addr {
 	t.Helper()
-	show := func(h *testnet.Host) (index int, address netip.Addr) {
+	show := func(h *testnet.Host) (int, netip.Addr) {
 		out, err := h.Run(t.Context(), "ip", "-j", "addr", "show", "dev", "eth0")
 		if err != nil {
 			t.Fatal(err)
