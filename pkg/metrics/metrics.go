@@ -15,6 +15,7 @@ type Metrics struct {
 	Problems      prometheus.Gauge       // objects that could not be used as written
 	Objects       *prometheus.CounterVec // changes by kind
 	Commits       *prometheus.CounterVec // by result: ok, error
+	Drift         prometheus.Counter     // times that somebody else had changed the tables
 	CommitSeconds prometheus.Histogram
 	RenderSeconds prometheus.Histogram
 	Synced        prometheus.Gauge
@@ -39,6 +40,9 @@ func New(sourceProblems func() float64) *Metrics {
 		Commits: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "podwall_commits_total", Help: "Transactions sent to the kernel by result.",
 		}, []string{"result"}),
+		Drift: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "podwall_drift_total", Help: "Times that the kernel's tables were not as loaded, because somebody else had changed them; they were restored.",
+		}),
 		CommitSeconds: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "podwall_commit_seconds", Help: "Time of one kernel transaction.", Buckets: prometheus.ExponentialBuckets(0.0001, 2, 15),
 		}),
@@ -52,7 +56,7 @@ func New(sourceProblems func() float64) *Metrics {
 	m.Registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "podwall_source_problems", Help: "Manifest files or documents that cannot be read as they are; each is named in the log.",
 	}, sourceProblems))
-	m.Registry.MustRegister(m.Attachments, m.AdoptedPods, m.Problems, m.Objects, m.Commits, m.CommitSeconds, m.RenderSeconds, m.Synced,
+	m.Registry.MustRegister(m.Attachments, m.AdoptedPods, m.Problems, m.Objects, m.Commits, m.Drift, m.CommitSeconds, m.RenderSeconds, m.Synced,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }

@@ -349,7 +349,37 @@ type element struct {
 	end  bool
 }
 
+// elements fills in a set's elements. A hash table that is being resized, which goes on for a while after many elements were
+// added, shows some elements of a long dump twice and as many not at all: such a dump is done again.
 func (r reader) elements(s *ruleset.Set, table netlink.Attribute) error {
+	for range maxDumps {
+		elems, err := r.dumpElements(s, table)
+		if err != nil {
+			return err
+		}
+		s.Elements = make(map[ruleset.Elem]ruleset.Verdict, len(elems))
+		if s.Interval {
+			return intervals(s, elems)
+		}
+		for _, e := range elems {
+			key, ok := unpad(s.Key, e.key)
+			if !ok {
+				return fmt.Errorf("element %x does not fit %s", e.key, s.Key)
+			}
+			var v ruleset.Verdict
+			if s.Map {
+				v = decodeVerdict(e.data)
+			}
+			s.Elements[key] = v
+		}
+		if len(s.Elements) == len(elems) {
+			return nil
+		}
+	}
+	return fmt.Errorf("elements were repeated in each of %d dumps: %w", maxDumps, unix.EAGAIN)
+}
+
+func (r reader) dumpElements(s *ruleset.Set, table netlink.Attribute) ([]element, error) {
 	var elems []element
 	set := netlink.Attribute{Type: unix.NFTA_SET_ELEM_LIST_SET, Data: []byte(s.Name + "\x00")}
 	table.Type = unix.NFTA_SET_ELEM_LIST_TABLE
@@ -370,25 +400,7 @@ func (r reader) elements(s *ruleset.Set, table netlink.Attribute) error {
 		}
 		return nil
 	}, set, table)
-	if err != nil {
-		return err
-	}
-	s.Elements = make(map[ruleset.Elem]ruleset.Verdict, len(elems))
-	if s.Interval {
-		return intervals(s, elems)
-	}
-	for _, e := range elems {
-		key, ok := unpad(s.Key, e.key)
-		if !ok {
-			return fmt.Errorf("element %x does not fit %s", e.key, s.Key)
-		}
-		var v ruleset.Verdict
-		if s.Map {
-			v = decodeVerdict(e.data)
-		}
-		s.Elements[key] = v
-	}
-	return nil
+	return elems, err
 }
 
 func decodeElement(ad *netlink.AttributeDecoder) element {

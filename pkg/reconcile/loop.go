@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -48,7 +49,8 @@ type Config struct {
 	Clock   clock.WithTicker
 }
 
-// Timing of the loop. A failed pass is retried with a growing pause; lost link events cost at most one sweep.
+// Timing of the loop. A failed pass is retried with a growing pause; lost link events, and changes that somebody else made to
+// the tables, last for one sweep at most.
 const (
 	sweepEvery = 10 * time.Second
 	retryFirst = 50 * time.Millisecond
@@ -176,6 +178,7 @@ func (l *Loop) Run(ctx context.Context, lead <-chan *registry.Registry) error {
 			l.mu.Lock()
 			l.sweep = true
 			l.mu.Unlock()
+			l.audit(ctx)
 		case <-l.wake:
 		case <-again:
 		}
@@ -193,6 +196,24 @@ func (l *Loop) Run(ctx context.Context, lead <-chan *registry.Registry) error {
 			retry = retryFirst
 		}
 	}
+}
+
+// audit looks whether the kernel still has what was loaded: somebody else may have flushed or edited it. The pass that follows
+// starts from what is there and mends it.
+func (l *Loop) audit(ctx context.Context) {
+	kernel, err := l.cfg.Kernel.Read(ctx, l.tables()...)
+	if err != nil {
+		l.cfg.Log.Warn("cannot compare the kernel's tables with what was loaded", "error", err)
+		return
+	}
+	d := ruleset.Diff(kernel, l.loaded)
+	if d.Empty() {
+		return
+	}
+	ops := slices.Concat(d.Prepare, d.Apply, d.Cleanup)
+	l.cfg.Metrics.Drift.Inc()
+	l.cfg.Log.Error("somebody else has changed podwall's tables, they are being restored", "differences", len(ops), "first", ops[0].Name())
+	l.loaded = kernel
 }
 
 // tables are the tables that podwall owns.

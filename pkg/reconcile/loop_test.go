@@ -621,3 +621,36 @@ func TestStandDown(t *testing.T) {
 		}
 	})
 }
+
+// TestDrift holds that what somebody else did to the tables is mended by the next sweep, without any event.
+func TestDrift(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, true, nil)
+		w.Apply(denyAll("deny"))
+		w.Synced()
+		if err := w.Attach(within(t, time.Second), attachment("c1", "a", "10.0.0.1")); err != nil {
+			t.Fatal(err)
+		}
+		before := w.kernel.Ruleset().String()
+		table := w.tables()[0]
+		in4 := w.kernel.Ruleset().Table(table).Sets["in4"]
+		for name, foreign := range map[string]ruleset.Op{
+			"flush":   {Kind: ruleset.DelTable, Table: table},
+			"element": {Kind: ruleset.DelElements, Table: table, Set: in4, Elements: in4.Elements},
+			"chain":   {Kind: ruleset.FlushChain, Table: table, Chain: &ruleset.Chain{Name: "quarantine"}},
+		} {
+			if err := w.kernel.Commit(t.Context(), ruleset.Delta{Apply: []ruleset.Op{foreign}}); err != nil {
+				t.Fatal(name, err)
+			}
+			if w.kernel.Ruleset().String() == before {
+				t.Fatalf("%s changed nothing", name)
+			}
+			time.Sleep(sweepEvery + time.Second) // the bubble's clock
+			synctest.Wait()
+			if diff := cmp.Diff(before, w.kernel.Ruleset().String()); diff != "" {
+				t.Errorf("%s was not mended (-before +after):\n%s", name, diff)
+			}
+		}
+	})
+}
