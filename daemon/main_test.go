@@ -37,6 +37,7 @@ func TestExitCodes(t *testing.T) {
 		{"stray argument", []string{"pods", "web"}, exitUsage, `unexpected argument "web"`},
 		{"bad output", []string{"pods", "-o", "xml"}, exitUsage, "must be table or json"},
 		{"version", []string{"version"}, exitOK, "podwalld"},
+		{"version as a flag", []string{"--version"}, exitOK, "podwalld"},
 		{"no daemon", []string{"pods", "--socket", missing}, exitFailed, missing},
 		{"no daemon, health", []string{"health", "--socket", missing}, exitFailed, missing},
 		{"two sources", []string{"run", "--manifests", "/x", "--kubeconfig", "/y"}, exitUsage, "exclude each other"},
@@ -196,6 +197,7 @@ func TestOperator(t *testing.T) {
 		{[]string{"ruleset", "--diff"}, exitNo, []string{"add chain"}},
 		{[]string{"ruleset", "--diff", "-o", "json"}, exitNo, []string{"add chain"}},
 		{[]string{"health"}, exitOK, []string{"ok"}},
+		{[]string{"health", "-o", "json"}, exitOK, []string{`"healthy":true`}},
 	} {
 		var out bytes.Buffer
 		if code := run(t.Context(), append(tt.args, "--socket", socket), &out, &out); code != tt.code {

@@ -139,6 +139,7 @@ func showRuleset(ctx context.Context, c *call) error {
 // showHealth asks the daemon of its own container if there is one, else whoever writes on this node.
 func showHealth(ctx context.Context, c *call) error {
 	socket := c.flags.String("socket", agentapi.DefaultSocket, "`PATH` of the daemon's socket")
+	output := c.flags.String("o", "table", "output as `table|json`")
 	if err := c.parse(); err != nil {
 		return err
 	}
@@ -148,7 +149,14 @@ func showHealth(ctx context.Context, c *call) error {
 	if errors.Is(err, syscall.ECONNREFUSED) {
 		err = agentapi.NewClient(*socket).Status(ctx)
 	}
-	if err != nil {
+	switch {
+	case *output == "json":
+		answer := map[string]any{"healthy": err == nil}
+		if err != nil {
+			answer["reason"] = err.Error()
+		}
+		return errors.Join(err, json.NewEncoder(c.stdout).Encode(answer))
+	case err != nil:
 		return err
 	}
 	_, err = fmt.Fprintln(c.stdout, "ok")
