@@ -182,7 +182,7 @@ func watchStandDown(ctx context.Context, cfg *config, loop *reconcile.Loop, log 
 		_, err := os.Stat(marker)
 		if now := err == nil; now != down {
 			down = now
-			log.Info("podwall-install has spoken", "uninstalled", down, "marker", marker)
+			log.Info("following podwall-install", "uninstalled", down, "marker", marker)
 			loop.StandDown(down)
 		}
 		select {
