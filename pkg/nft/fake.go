@@ -18,6 +18,7 @@ type Fake struct {
 	mu     sync.Mutex
 	tables ruleset.Ruleset // tables and what they hold are replaced, never changed: callers may keep what they got
 	fail   error
+	gen    uint32
 }
 
 // NewFake returns a kernel without tables.
@@ -51,6 +52,13 @@ func (f *Fake) Read(ctx context.Context, ids ...ruleset.TableID) (ruleset.Rulese
 	return out, nil
 }
 
+// Generation is Kernel.Generation.
+func (f *Fake) Generation(context.Context) (uint32, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.gen, nil
+}
+
 // Commit is Kernel.Commit.
 func (f *Fake) Commit(ctx context.Context, d ruleset.Delta) error {
 	f.mu.Lock()
@@ -74,6 +82,7 @@ func (f *Fake) transaction(ops []ruleset.Op) (string, error) {
 		}
 	}
 	f.tables = tx.tables
+	f.gen++
 	return "", nil
 }
 

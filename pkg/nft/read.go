@@ -126,6 +126,13 @@ func (r reader) dump(typ int, each func(*netlink.AttributeDecoder) error, attrs 
 	return fmt.Errorf("the ruleset changed during each of %d dumps; find out who rewrites nftables all the time: %w", maxDumps, unix.EAGAIN)
 }
 
+// Generation returns the number of transactions that the kernel has committed, whoever sent them.
+func (k *Kernel) Generation(context.Context) (uint32, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.generation()
+}
+
 // generation returns the number of transactions that the kernel has committed.
 func (k *Kernel) generation() (uint32, error) {
 	msgs, err := k.nl.Execute(request(unix.NFT_MSG_GETGEN, 0, unix.NFPROTO_UNSPEC, nil))

@@ -56,7 +56,7 @@ func (r *renderer) base() {
 	r.chain(chainNode, &ruleset.Hook{Name: "input", Priority: priorityIngress}, node...)
 	r.chain(chainCommon, nil, passICMPv6(), []ruleset.Rule{
 		// A DHCP client without an address yet, and the answer to it.
-		ruleset.NewRule(ruleset.Address(ruleset.IPSaddr, netip.IPv4Unspecified()), udp, ruleset.Equal16(ruleset.Sport, 68), ruleset.Equal16(ruleset.Dport, 67), accept),
+		ruleset.NewRule(ruleset.Address(ruleset.IPSaddr, netip.IPv4Unspecified()), ruleset.Address(ruleset.IPDaddr, broadcast), udp, ruleset.Equal16(ruleset.Sport, 68), ruleset.Equal16(ruleset.Dport, 67), accept),
 		ruleset.NewRule(ruleset.Address(ruleset.IPDaddr, broadcast), udp, ruleset.Equal16(ruleset.Sport, 67), ruleset.Equal16(ruleset.Dport, 68), accept),
 	})
 	r.chain(chainQuarantine, nil, []ruleset.Rule{ruleset.NewRule(ruleset.Counter{}, drop)})
@@ -104,6 +104,7 @@ func addICMPv6Sets(t *ruleset.Table) {
 func passICMPv6() []ruleset.Rule {
 	return []ruleset.Rule{
 		ruleset.NewRule(ruleset.In{Fields: []ruleset.Field{ruleset.ICMPv6Type}, Set: setND}, ruleset.Equal(ruleset.IP6HopLimit, 255), accept),
-		ruleset.NewRule(ruleset.In{Fields: []ruleset.Field{ruleset.ICMPv6Type}, Set: setMLD}, ruleset.Equal(ruleset.IP6HopLimit, 1), accept),
+		ruleset.NewRule(ruleset.In{Fields: []ruleset.Field{ruleset.ICMPv6Type}, Set: setMLD}, ruleset.Equal(ruleset.IP6HopLimit, 1),
+			ruleset.Prefix{Field: ruleset.IP6Daddr, Prefix: multicast6}, accept), // what is routed was sent with 2, and is unicast
 	}
 }

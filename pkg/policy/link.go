@@ -2,6 +2,7 @@ package policy
 
 import (
 	"net/netip"
+	"strings"
 
 	"github.com/podwall/podwall/pkg/ruleset"
 )
@@ -73,7 +74,7 @@ func sourceRules(e *Endpoint, isolated bool) []ruleset.Rule {
 	rules := []ruleset.Rule{
 		dropRule(ruleset.Equal(ruleset.ICMPv6Type, routerAdvertisement)).WithComment(e.Name),
 		dropRule(ruleset.Equal(ruleset.ICMPv6Type, redirect)),
-		ruleset.NewRule(ruleset.Address(ruleset.IPSaddr, netip.IPv4Unspecified()), udp, ruleset.Equal16(ruleset.Sport, 68), ruleset.Equal16(ruleset.Dport, 67), accept),
+		ruleset.NewRule(ruleset.Address(ruleset.IPSaddr, netip.IPv4Unspecified()), ruleset.Address(ruleset.IPDaddr, broadcast), udp, ruleset.Equal16(ruleset.Sport, 68), ruleset.Equal16(ruleset.Dport, 67), accept),
 	}
 	if e.Bridge != "" {
 		rules = append(rules, dropRule(
@@ -95,9 +96,10 @@ func sourceRules(e *Endpoint, isolated bool) []ruleset.Rule {
 }
 
 // deliverRules close a bridge port for what is not addressed to the pod's own addresses. Frames from the node itself, and
-// what it routes, have packet type host there; what the bridge forwards keeps the type it was received with.
+// what it routes, have packet type host there; what the bridge forwards keeps the type it was received with. A pod may hand
+// the router what it must not send itself, but a router never forwards a link-local source: such a frame is the node's own.
 func deliverRules(e *Endpoint) []ruleset.Rule {
-	rules := []ruleset.Rule{ruleset.NewRule(ruleset.Equal(ruleset.PktType, ruleset.PktHost), accept).WithComment(e.Name)}
+	rules := []ruleset.Rule{ruleset.NewRule(ruleset.Equal(ruleset.PktType, ruleset.PktHost), ruleset.Prefix{Field: ruleset.IP6Saddr, Prefix: linkLocal}, accept).WithComment(e.Name)}
 	rules = append(rules, passICMPv6()...)
 	return append(rules,
 		ruleset.NewRule(ruleset.Address(ruleset.IPDaddr, broadcast), udp, ruleset.Equal16(ruleset.Sport, 67), ruleset.Equal16(ruleset.Dport, 68), accept),
@@ -126,12 +128,32 @@ func notOwn(e *Endpoint, f ruleset.Field) []ruleset.Expr {
 // Quarantined is the verdict of a closed endpoint's addresses in the verdict maps.
 var Quarantined = ruleset.To(ruleset.Goto, chainQuarantine)
 
-// HasLink reports whether a ruleset has the host veth chain of an endpoint.
-func HasLink(rs ruleset.Ruleset, id string) bool {
+// LinkOf is what a ruleset tells about an endpoint by the chain of its host veth.
+type LinkOf struct {
+	Device string
+	IPs    []netip.Addr // its own addresses; none when the endpoint is closed
+}
+
+// Links returns the endpoints whose host veth has a chain in a ruleset, by Endpoint.ID.
+func Links(rs ruleset.Ruleset) map[string]LinkOf {
+	links := map[string]LinkOf{}
 	for _, t := range rs {
-		if t.Chains[prefixSource+id] != nil {
-			return true
+		for name, c := range t.Chains {
+			id, ok := strings.CutPrefix(name, prefixSource)
+			if !ok || c.Hook == nil {
+				continue
+			}
+			l := LinkOf{Device: c.Hook.Device}
+			for _, rule := range c.Rules {
+				for _, e := range rule.Exprs {
+					if m, ok := e.(ruleset.Cmp); ok && m.Not && (m.Field == ruleset.IPSaddr || m.Field == ruleset.IP6Saddr) {
+						ip, _ := netip.AddrFromSlice([]byte(m.Value))
+						l.IPs = append(l.IPs, ip)
+					}
+				}
+			}
+			links[id] = l
 		}
 	}
-	return false
+	return links
 }

@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	gocmp "github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	networkingv1 "k8s.io/api/networking/v1"
 
 	"github.com/podwall/podwall/pkg/cluster"
@@ -121,8 +122,23 @@ func TestEvicted(t *testing.T) {
 			t.Errorf("from %s: %v, %v, want a drop", src, r.Verdict, err)
 		}
 	}
-	if !HasLink(out.Ruleset, "x") || HasLink(out.Ruleset, "y") {
-		t.Error("HasLink does not tell the endpoint that is there from the one that is not")
+}
+
+// TestLinks holds that a ruleset tells which veths it guards, and with which addresses.
+func TestLinks(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name             string
+		isolated, closed bool
+		ips              []netip.Addr
+	}{{"open", false, false, []netip.Addr{own4, own6}}, {"isolated", true, false, []netip.Addr{own4, own6}}, {"closed", false, true, nil}} {
+		for _, bridge := range []string{"", "br0"} {
+			want := map[string]LinkOf{"x": {Device: "veth0", IPs: tt.ips}}
+			got := Links(Render(linkInput(bridge, tt.isolated, tt.closed)).Ruleset)
+			if diff := gocmp.Diff(want, got, cmpopts.EquateComparable(netip.Addr{})); diff != "" {
+				t.Errorf("%s on bridge %q (-want +got):\n%s", tt.name, bridge, diff)
+			}
+		}
 	}
 }
 

@@ -50,6 +50,9 @@ func (l *Loop) Attach(ctx context.Context, a attach.Attachment) error {
 		if s != nil && s.seq == entry.Seq && s.State == StateEnforced {
 			return nil
 		}
+		if now.stopped {
+			return fmt.Errorf("pod %s: %w: the daemon is stopping; it stays closed", a.Pod, ErrNotReady)
+		}
 		select {
 		case <-changed:
 		case <-ctx.Done():

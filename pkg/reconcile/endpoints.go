@@ -45,12 +45,13 @@ func (l *Loop) wasOpen(e registry.Entry) bool {
 			}
 		}
 	}
-	return policy.HasLink(l.loaded, (&state{entry: e}).id())
+	_, ok := policy.Links(l.loaded)[(&state{entry: e}).id()]
+	return ok
 }
 
-// refresh brings the states in line with the registry, the links and the pods. An error concerns one attachment, which stays
+// refresh brings the states in line with the registry, the links and the pods, and reports whether it has looked at all links. An error concerns one attachment, which stays
 // closed; the others have been refreshed.
-func (l *Loop) refresh() error {
+func (l *Loop) refresh() (bool, error) {
 	l.mu.Lock()
 	sweep := l.sweep
 	l.sweep = false
@@ -74,7 +75,7 @@ func (l *Loop) refresh() error {
 				errs = append(errs, err)
 			}
 			if gone {
-				if err := l.registry.Remove(e.Key); err != nil {
+				if err := l.registry.Remove(e.Key, e.Seq); err != nil {
 					errs = append(errs, err)
 				}
 				continue
@@ -91,7 +92,10 @@ func (l *Loop) refresh() error {
 			l.former = append(l.former, st.entry.IPs...)
 		}
 	}
-	return errors.Join(errs...)
+	if sweep {
+		errs = append(errs, l.lookAtOrphans())
+	}
+	return sweep, errors.Join(errs...)
 }
 
 // look updates the link of an attachment and reports whether it is gone: the sandbox has ended, whether DEL came or not.
@@ -105,6 +109,11 @@ func (l *Loop) look(st *state) (bool, error) {
 		return true, nil
 	}
 	st.link = &link
+	if link.Bridge != "" {
+		if err := l.cfg.Links.ShowBridged(link.Bridge); err != nil {
+			return false, fmt.Errorf("attachment %s: %w", st.entry.Key, err)
+		}
+	}
 	return false, nil
 }
 
@@ -151,6 +160,7 @@ func (l *Loop) input() policy.Input {
 		}
 		if st.link != nil {
 			e.Bridge = st.link.Bridge
+			e.Link = cmp.Or(st.link.Name, e.Link)
 		}
 		if st.open() {
 			e.Pod = st.pod
@@ -158,7 +168,7 @@ func (l *Loop) input() policy.Input {
 		attached[st.entry.Pod.String()] = true
 		in.Endpoints = append(in.Endpoints, e)
 	}
-	return l.adopt(in, owners, attached)
+	return l.closeOrphans(l.adopt(in, owners, attached), owners)
 }
 
 // conflicts reports attachments that lost an address to a later ADD: nothing but their own pod is closed by it.

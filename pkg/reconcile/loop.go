@@ -25,12 +25,15 @@ import (
 type Kernel interface {
 	Read(ctx context.Context, ids ...ruleset.TableID) (ruleset.Ruleset, error)
 	Commit(ctx context.Context, d ruleset.Delta) error
+	// Generation counts the transactions of everybody.
+	Generation(ctx context.Context) (uint32, error)
 }
 
 // Links looks at the host side of attachments.
 type Links interface {
 	Lookup(h attach.HostLink) (registry.Link, error)
 	ShowBridged(bridge string) error
+	Index(name string) (int, error) // 0 if there is no such link
 }
 
 // Config says how pods are identified and what the loop works with.
@@ -78,13 +81,17 @@ type Loop struct {
 	model    *cluster.Model
 	states   map[attach.Key]*state
 	loaded   ruleset.Ruleset
+	orphans  []orphan
 	former   []netip.Addr // addresses of ended attachments whose connections are still to be forgotten
 	problems map[policy.Problem]bool
+	// generation is the kernel's when loaded was true of it.
+	generation uint32
 }
 
 // view is what Run last published. It is immutable.
 type view struct {
 	ready    bool
+	stopped  bool // Run has returned: nothing will change any more
 	err      error
 	pods     []PodStatus
 	byKey    map[attach.Key]*PodStatus
@@ -150,6 +157,7 @@ func (l *Loop) kick() {
 // that keeps its model current and writes nothing. Then it adopts what is in the kernel and keeps it right until ctx ends.
 // The tables stay in the kernel when it returns.
 func (l *Loop) Run(ctx context.Context, lead <-chan *registry.Registry) error {
+	defer l.show(view{stopped: true})
 	for l.registry == nil {
 		select {
 		case <-ctx.Done():
@@ -178,7 +186,6 @@ func (l *Loop) Run(ctx context.Context, lead <-chan *registry.Registry) error {
 			l.mu.Lock()
 			l.sweep = true
 			l.mu.Unlock()
-			l.audit(ctx)
 		case <-l.wake:
 		case <-again:
 		}
@@ -198,22 +205,35 @@ func (l *Loop) Run(ctx context.Context, lead <-chan *registry.Registry) error {
 	}
 }
 
-// audit looks whether the kernel still has what was loaded: somebody else may have flushed or edited it. The pass that follows
-// starts from what is there and mends it.
-func (l *Loop) audit(ctx context.Context) {
+// verify looks whether the kernel still has what was loaded, if anybody else has committed since: it may have been flushed or
+// edited (nft flush ruleset), and then no difference to what was loaded once would bring it back. Others commit often, so this
+// is done with each sweep and before an ADD is answered, not in every pass.
+func (l *Loop) verify(ctx context.Context) error {
+	generation, err := l.cfg.Kernel.Generation(ctx)
+	if err != nil || generation == l.generation {
+		return err
+	}
 	kernel, err := l.cfg.Kernel.Read(ctx, l.tables()...)
 	if err != nil {
-		l.cfg.Log.Warn("cannot compare the kernel's tables with what was loaded", "error", err)
-		return
+		return err
 	}
-	d := ruleset.Diff(kernel, l.loaded)
-	if d.Empty() {
-		return
+	if d := ruleset.Diff(kernel, l.loaded); !d.Empty() {
+		ops := slices.Concat(d.Prepare, d.Apply, d.Cleanup)
+		l.cfg.Metrics.Drift.Inc()
+		l.cfg.Log.Error("somebody else has changed podwall's tables, they are being restored", "differences", len(ops), "first", ops[0].Name())
 	}
-	ops := slices.Concat(d.Prepare, d.Apply, d.Cleanup)
-	l.cfg.Metrics.Drift.Inc()
-	l.cfg.Log.Error("somebody else has changed podwall's tables, they are being restored", "differences", len(ops), "first", ops[0].Name())
-	l.loaded = kernel
+	l.loaded, l.generation = kernel, generation
+	return nil
+}
+
+// opening reports whether an attachment is to be opened for the first time.
+func (l *Loop) opening() bool {
+	for _, st := range l.states {
+		if !st.clean && !st.entry.Detached {
+			return true
+		}
+	}
+	return false
 }
 
 // tables are the tables that podwall owns.
@@ -231,7 +251,7 @@ func (l *Loop) start(ctx context.Context) error {
 	for _, e := range l.registry.Entries() {
 		l.states[e.Key] = &state{entry: e, clean: l.wasOpen(e)}
 	}
-	return nil
+	return l.findOrphans()
 }
 
 // pass brings the kernel to what is desired now. A new attachment takes two transactions: one that closes its addresses, then
@@ -244,7 +264,12 @@ func (l *Loop) pass(ctx context.Context) error {
 		if l.isDown() {
 			return l.removeTables(ctx)
 		}
-		partial := l.refresh()
+		swept, partial := l.refresh()
+		if swept || l.opening() {
+			if err := l.verify(ctx); err != nil {
+				return err
+			}
+		}
 		begin := l.cfg.Clock.Now()
 		in := l.input()
 		out := policy.Render(in)
@@ -301,6 +326,7 @@ func (l *Loop) commit(ctx context.Context, d ruleset.Delta) error {
 	l.cfg.Metrics.CommitSeconds.Observe(l.cfg.Clock.Since(begin).Seconds())
 	if err == nil {
 		l.cfg.Metrics.Commits.WithLabelValues("ok").Inc()
+		l.generation += uint32(d.Transactions()) //nolint:gosec // a handful; another number afterwards means that somebody else committed too
 		return nil
 	}
 	l.cfg.Metrics.Commits.WithLabelValues("error").Inc()
@@ -309,7 +335,7 @@ func (l *Loop) commit(ctx context.Context, d ruleset.Delta) error {
 	if readErr != nil {
 		return errors.Join(err, readErr)
 	}
-	l.loaded = loaded
+	l.loaded, l.generation = loaded, 0
 	return fmt.Errorf("commit: %w", err)
 }
 

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"log/slog"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -49,6 +51,15 @@ func (w *world) Lookup(h attach.HostLink) (registry.Link, error) {
 	return registry.Link{Exists: !w.gone[h.Name], Bridge: map[bool]string{true: "br0"}[h.Name == "port"]}, nil
 }
 
+func (w *world) Index(name string) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.gone[name] {
+		return 0, nil
+	}
+	return 7, nil
+}
+
 func (w *world) ShowBridged(string) error {
 	if w.hidden {
 		return errors.New("modprobe br_netfilter")
@@ -84,7 +95,7 @@ func start(t *testing.T, standalone bool, old *world) *world {
 		w.kernel, w.dir = old.kernel, old.dir
 	}
 	reg, bad, err := registry.Open(w.dir)
-	if err != nil || len(bad) > 0 {
+	if err != nil || len(bad) > 0 && old == nil {
 		t.Fatal(err, bad)
 	}
 	w.Loop = New(Config{
@@ -651,6 +662,87 @@ func TestDrift(t *testing.T) {
 			if diff := cmp.Diff(before, w.kernel.Ruleset().String()); diff != "" {
 				t.Errorf("%s was not mended (-before +after):\n%s", name, diff)
 			}
+		}
+	})
+}
+
+// TestLostRegistration holds that a pod whose file is damaged stays closed after a restart, until its veth ends or it is added
+// again; one that the API knows by its address stays enforced.
+func TestLostRegistration(t *testing.T) {
+	t.Parallel()
+	for _, standalone := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			first := start(t, standalone, nil)
+			first.Apply(denyAll("deny"), pod("a", "here"), pod("b", "here"))
+			first.Synced()
+			for id, name := range map[string]string{"c1": "a", "c2": "b"} {
+				a := attachment(id, name, "10.0.0."+id[1:])
+				if err := first.Attach(within(t, time.Second), a); err != nil {
+					t.Fatal(err)
+				}
+			}
+			file := filepath.Join(first.dir, "c1-eth0.2.json")
+			if err := os.Truncate(file, 40); err != nil {
+				t.Fatal(err)
+			}
+
+			second := start(t, standalone, first)
+			want, known := policy.Quarantined, pod("a", "here")
+			if !standalone {
+				known = pod("a", "here", "10.0.0.1")
+				want = ruleset.To(ruleset.Goto, "in_"+policy.ID("attachment", "c1", "eth0"))
+			}
+			second.Apply(denyAll("deny"), known, pod("b", "here"))
+			second.Synced()
+			synctest.Wait()
+			if v, _ := second.element("in4", ip1); v != want {
+				t.Errorf("standalone %v: in4 has %v, want %v", standalone, v, want)
+			}
+			if _, ok := policy.Links(second.kernel.Ruleset())[policy.ID("attachment", "c1", "eth0")]; !ok {
+				t.Error("the veth is not guarded any more")
+			}
+			s := second.NodeStatus()
+			if s.Enforced != 1 || s.Detached+s.Adopted != 1 {
+				t.Errorf("status: %+v", s)
+			}
+			second.mu.Lock()
+			second.gone["veth-c1"] = true
+			second.mu.Unlock()
+			second.LinkGone()
+			synctest.Wait()
+			if _, ok := policy.Links(second.kernel.Ruleset())[policy.ID("attachment", "c1", "eth0")]; ok {
+				t.Error("its chain outlives its veth")
+			}
+		})
+	}
+}
+
+// TestStopping holds that an ADD that waits does not keep a stopping daemon, nor its successor, waiting.
+func TestStopping(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := &world{kernel: nft.NewFake(), gone: map[string]bool{}, dir: t.TempDir()}
+		w.Loop = New(Config{
+			NodeName: "here", Policy: policy.Options{Table: "podwall"}, Kernel: w.kernel, Links: w, Forget: w.forget,
+			Log: slog.New(slog.DiscardHandler), Metrics: metrics.New(func() float64 { return 0 }), Clock: clock.RealClock{},
+		})
+		reg, _, err := registry.Open(w.dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		lead := make(chan *registry.Registry, 1)
+		lead <- reg
+		ctx, cancel := context.WithCancel(t.Context())
+		go func() { _ = w.Run(ctx, lead) }()
+		w.Synced()
+		synctest.Wait()
+		time.AfterFunc(time.Second, cancel)
+		begin := time.Now()
+		if err := w.Attach(within(t, time.Minute), attachment("c1", "a", "10.0.0.1")); !errors.Is(err, ErrNotReady) {
+			t.Errorf("Attach: %v, want ErrNotReady", err)
+		}
+		if waited := time.Since(begin); waited != time.Second {
+			t.Errorf("it waited for %v", waited)
 		}
 	})
 }

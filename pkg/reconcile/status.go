@@ -67,7 +67,8 @@ func (l *Loop) publish(in policy.Input, out policy.Output) {
 		s.IPs, s.Link, s.Bridge = e.IPs, e.Link, e.Bridge
 		s.State = StateEnforced
 		s.Ingress, s.Egress = out.Endpoints[e.ID].Ingress, out.Endpoints[e.ID].Egress
-		if i < len(states) { // endpoints of attachments come first, in the same order
+		switch {
+		case i < len(states): // endpoints of attachments come first, in the same order
 			st := states[i]
 			s.Namespace, s.Name = st.entry.Pod.Namespace, st.entry.Pod.Name
 			s.Attachment, s.seq = st.entry.String(), st.entry.Seq
@@ -79,7 +80,10 @@ func (l *Loop) publish(in policy.Input, out policy.Output) {
 			}
 			v.byKey[st.entry.Key] = s
 			counts[s.State]++
-		} else {
+		case e.Pod == nil:
+			s.Name, s.State, s.Reason = lostRegistration, StateDetached, "its registration is damaged or was removed; delete the pod"
+			counts[s.State]++
+		default:
 			s.Namespace, s.Name = e.Pod.Namespace, e.Pod.Name
 			adopted++
 		}
@@ -183,7 +187,7 @@ func (l *Loop) NodeStatus() NodeStatus {
 	s := NodeStatus{Ready: now.ready, Node: l.cfg.NodeName, Policies: len(now.policies), Problems: []string{}}
 	for _, p := range now.pods {
 		switch {
-		case p.Attachment == "":
+		case p.State == StateEnforced && p.Attachment == "":
 			s.Adopted++
 		case p.State == StateEnforced:
 			s.Enforced++

@@ -21,29 +21,43 @@ type Links struct{}
 // Link is what enforcement needs to know of a host veth.
 type Link struct {
 	Exists bool
+	Name   string // its name now: links can be renamed
 	Bridge string // the bridge that it is a port of, or empty
 }
 
-// Lookup finds the link by name and compares the index: names are reused.
+// Lookup finds the link by its index, which lasts as long as the link does and which the kernel does not use again: names
+// change and are reused.
 func (Links) Lookup(h attach.HostLink) (Link, error) {
-	l, err := netlinksafe.LinkByName(h.Name)
-	if errors.As(err, &netlink.LinkNotFoundError{}) || (err == nil && l.Attrs().Index != h.Index) {
+	l, err := netlink.LinkByIndex(h.Index)
+	if errors.As(err, &netlink.LinkNotFoundError{}) {
 		return Link{}, nil
 	}
 	if err != nil {
 		return Link{}, fmt.Errorf("look up host link %s: %w", h.Name, err)
 	}
 	if l.Attrs().MasterIndex == 0 {
-		return Link{Exists: true}, nil
+		return Link{Exists: true, Name: l.Attrs().Name}, nil
 	}
 	master, err := netlink.LinkByIndex(l.Attrs().MasterIndex)
 	if err != nil {
 		return Link{}, fmt.Errorf("look up the master of host link %s: %w", h.Name, err)
 	}
 	if master.Type() != "bridge" {
-		return Link{Exists: true}, nil
+		return Link{Exists: true, Name: l.Attrs().Name}, nil
 	}
-	return Link{Exists: true, Bridge: master.Attrs().Name}, nil
+	return Link{Exists: true, Name: l.Attrs().Name, Bridge: master.Attrs().Name}, nil
+}
+
+// Index returns the index of a link, 0 if there is none of that name.
+func (Links) Index(name string) (int, error) {
+	l, err := netlinksafe.LinkByName(name)
+	if errors.As(err, &netlink.LinkNotFoundError{}) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("look up host link %s: %w", name, err)
+	}
+	return l.Attrs().Index, nil
 }
 
 // callBridge are the sysctls that make br_netfilter show bridged packets to the inet hooks, for all bridges of the namespace,
@@ -56,8 +70,7 @@ var callBridge = []struct {
 	{"/proc/sys/net/bridge/bridge-nf-call-ip6tables", nl.IFLA_BR_NF_CALL_IP6TABLES},
 }
 
-// ShowBridged makes sure that packets between two ports of a bridge pass the forward hook: by the sysctl if it is on, else by
-// the bridge's own attribute, which leaves other bridges (of virtual machines) alone. Without br_netfilter nothing of this
+// ShowBridged makes sure that packets between two ports of a bridge pass the forward hook, by the bridge's own attribute, which leaves other bridges (of virtual machines) alone. Without br_netfilter nothing of this
 // bridge can be enforced and the error says so.
 func (Links) ShowBridged(bridge string) error {
 	for _, c := range callBridge {
@@ -65,10 +78,8 @@ func (Links) ShowBridged(bridge string) error {
 		if err != nil {
 			return fmt.Errorf("traffic inside bridge %s cannot be seen: %w; load the module: modprobe br_netfilter", bridge, err)
 		}
-		if strings.TrimSpace(string(data)) == "1" {
-			continue
-		}
-		if err := setBridgeAttr(bridge, c.attr, 1); err != nil {
+		// Also where the sysctl is on: it may be switched off later, for all bridges at once.
+		if err := setBridgeAttr(bridge, c.attr, 1); err != nil && strings.TrimSpace(string(data)) != "1" {
 			return fmt.Errorf("bridge %s: cannot switch on nf_call (%w); set it by hand: sysctl -w %s=1", bridge, err,
 				strings.ReplaceAll(strings.TrimPrefix(c.sysctl, "/proc/sys/"), "/", "."))
 		}

@@ -127,10 +127,13 @@ func (r *Registry) Detach(k attach.Key) (Entry, bool, error) {
 	return e, true, r.save(&e)
 }
 
-// Remove forgets an attachment and its file.
-func (r *Registry) Remove(k attach.Key) error {
+// Remove forgets an attachment and its file, unless a newer ADD has taken its place.
+func (r *Registry) Remove(k attach.Key, seq uint64) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if e := r.entries[k]; e != nil && e.Seq != seq {
+		return nil
+	}
 	delete(r.entries, k)
 	if err := os.Remove(r.path(k)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("remove registration %s: %w", k, err)

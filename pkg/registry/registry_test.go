@@ -70,7 +70,7 @@ func TestRegistryOutlivesItsProcess(t *testing.T) {
 		t.Errorf("a new ADD is not the newest: %d", e.Seq)
 	}
 	for _, e := range again.Entries() {
-		if err := again.Remove(e.Key); err != nil {
+		if err := again.Remove(e.Key, e.Seq); err != nil {
 			t.Error(err)
 		}
 	}

@@ -48,6 +48,17 @@ type Delta struct {
 // Empty reports whether there is nothing to do.
 func (d Delta) Empty() bool { return len(d.Prepare) == 0 && len(d.Apply) == 0 && len(d.Cleanup) == 0 }
 
+// Transactions is how many transactions the delta takes at most; fewer when something of Cleanup has gone already.
+func (d Delta) Transactions() int {
+	n := len(d.Cleanup)
+	for _, ops := range [][]Op{d.Prepare, d.Apply} {
+		if len(ops) > 0 {
+			n++
+		}
+	}
+	return n
+}
+
 // Diff returns the smallest delta between two rulesets: elements are added and removed one by one, a chain whose rules
 // differ is rewritten whole. Objects that both share by pointer are not looked at. The operations are in the order that
 // the kernel needs: an object is added before anything refers to it and removed after.
