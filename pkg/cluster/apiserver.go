@@ -8,6 +8,7 @@ import (
 	"reflect"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/go-logr/logr"
 	corev1 "k8s.io/api/core/v1"
@@ -16,6 +17,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	utilnet "k8s.io/apimachinery/pkg/util/net"
+	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
@@ -66,11 +68,18 @@ func (a *APIServer) Run(ctx context.Context, sink Sink) error {
 	for _, s := range sources {
 		reflector := cache.NewReflectorWithOptions(
 			cache.ToListWatcherWithWatchListSemantics(s.lw, a.client), s.example, newStore(sink, synced),
-			cache.ReflectorOptions{Name: s.resource, TypeDescription: s.resource, Logger: &logger})
+			cache.ReflectorOptions{Name: s.resource, TypeDescription: s.resource, Logger: &logger, Backoff: retry()})
 		wg.Go(func() { reflector.RunWithContext(ctx) })
 	}
 	wg.Wait()
 	return nil
+}
+
+// retry is how an API server that is away is asked again. client-go's own goes up to a minute: policies that were created
+// right after the server's return would wait for that. The jitter keeps the nodes of a cluster apart.
+func retry() *wait.Backoff {
+	const first, most = 200 * time.Millisecond, 5 * time.Second
+	return &wait.Backoff{Duration: first, Cap: most, Steps: int(most / first), Factor: 2, Jitter: 0.5}
 }
 
 // listWatch is the typed client's List and Watch as a ListWatch whose errors carry their remedy. The reflector logs them,
