@@ -117,6 +117,10 @@ func newSource(cfg *config, log *slog.Logger) (source, func() []string, error) {
 		return cluster.NewAPIServer(client, log), func() []string { return nil }, nil
 	}
 	files := cluster.NewManifests(cfg.manifests, log)
+	files.Cache = filepath.Join(cfg.stateDir, "manifests")
+	if err := files.Check(); err != nil {
+		return nil, nil, err
+	}
 	return files, func() []string {
 		var list []string
 		for _, p := range files.Problems() {

@@ -33,6 +33,8 @@ const (
 	emptyHold = time.Second
 	// An unchanged file is not read again, once it is certain that a second write would have changed its times.
 	timesTrusted = 2 * time.Second
+	// How often a directory that changes all the time is walked again before a file counts as deleted.
+	maxWalks = 5
 )
 
 // Manifests is the source that reads a directory of manifests and follows its changes.
@@ -200,9 +202,18 @@ func (m *Manifests) settle(ctx context.Context, events <-chan fsnotify.Event) {
 
 // load reads what has changed, gives the differences to sink and returns when to look again, if not 0.
 func (m *Manifests) load(ctx context.Context, sink Sink) time.Duration {
-	tree := tree{seen: map[string]bool{}, lost: map[string]error{}, watch: m.watch}
-	tree.walk(m.dir)
-	slices.Sort(tree.files)
+	tree := m.walk()
+	for range maxWalks {
+		if !m.misses(tree.files) {
+			break
+		}
+		// A file that moves while the tree is walked is in neither place: what is gone must be gone twice.
+		again := m.walk()
+		same := slices.Equal(again.files, tree.files)
+		if tree = again; same {
+			break
+		}
+	}
 	problems := tree.problems
 
 	var again time.Duration
@@ -220,7 +231,8 @@ func (m *Manifests) load(ctx context.Context, sink Sink) time.Duration {
 		}
 		hold, err := f.refresh(ctx, name, deadline)
 		if errors.Is(err, fs.ErrNotExist) {
-			tree.lost[name] = nil // deleted since the walk; the next one decides what that was
+			// Deleted since the walk, or moved, perhaps to where it was before: the next load decides what is gone.
+			tree.lost[m.dir] = nil
 			retry(settleQuiet)
 		} else if err != nil {
 			problems = append(problems, m.unread(name, err)...)
@@ -262,6 +274,23 @@ func (m *Manifests) load(ctx context.Context, sink Sink) time.Duration {
 		sink.Apply(changes...)
 	}
 	return again
+}
+
+// misses reports whether a file that is known is not among sorted names.
+func (m *Manifests) misses(names []string) bool {
+	for name := range m.files {
+		if _, found := slices.BinarySearch(names, name); !found {
+			return true
+		}
+	}
+	return false
+}
+
+func (m *Manifests) walk() tree {
+	t := tree{seen: map[string]bool{}, lost: map[string]error{}, watch: m.watch}
+	t.walk(m.dir)
+	slices.Sort(t.files)
+	return t
 }
 
 // unread reports that something cannot be read, and what podwall goes by instead.
@@ -503,13 +532,12 @@ func (t *tree) walk(dir string) {
 			t.lost[name] = err
 		case info.IsDir():
 			t.walk(name)
-		case isManifest(name) && !info.Mode().IsRegular():
-			t.problems = append(t.problems, Problem{File: name, Reason: "not a regular file, ignored", Warning: true})
-		case !isManifest(name) && (!info.Mode().IsRegular() || isBystander(entry.Name())):
-		case !isManifest(name):
-			t.problems = append(t.problems, Problem{File: name, Reason: "its name does not end in .yaml, .yml or .json, ignored", Warning: true})
-		default:
+		case isManifest(name) && info.Mode().IsRegular():
 			t.files = append(t.files, name)
+		case isManifest(name):
+			t.problems = append(t.problems, Problem{File: name, Reason: "not a regular file, ignored", Warning: true})
+		case info.Mode().IsRegular() && !isBystander(entry.Name()):
+			t.problems = append(t.problems, Problem{File: name, Reason: "its name does not end in .yaml, .yml or .json, ignored", Warning: true})
 		}
 	}
 }
@@ -587,10 +615,13 @@ func (m *Manifests) cachePrefix() string {
 	if err != nil {
 		root = m.dir // the working directory is gone
 	}
-	return fmt.Sprintf("%.16x-", sha256.Sum256([]byte(root)))
+	sum := sha256.Sum256([]byte(root))
+	return fmt.Sprintf("%x-", sum[:8])
 }
 
-func cacheName(prefix, path string) string { return fmt.Sprintf("%s%x", prefix, sha256.Sum256([]byte(path))) }
+func cacheName(prefix, path string) string {
+	return fmt.Sprintf("%s%x", prefix, sha256.Sum256([]byte(path)))
+}
 
 // path is a file's below the directory.
 func (m *Manifests) path(file string) string {
@@ -640,7 +671,8 @@ func (m *Manifests) restoreFile(prefix, entry string) (string, *manifest, error)
 	name := filepath.Join(m.dir, last.path)
 	f := &manifest{sum: sha256.Sum256(last.content)}
 	if !f.parse(name, last.content) { // another version of podwall may have understood it
-		return "", nil, errors.New(f.problems[0].String())
+		first := slices.IndexFunc(f.problems, func(p Problem) bool { return !p.Warning })
+		return "", nil, errors.New(f.problems[first].String())
 	}
 	f.restored, f.cached = last.taken, f.sum
 	return name, f, nil
