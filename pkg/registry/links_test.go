@@ -1,0 +1,160 @@
+package registry
+
+import (
+	"context"
+	"os"
+	"os/exec"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+
+	"github.com/podwall/podwall/pkg/attach"
+)
+
+// inNetNS moves the test's goroutine into a network namespace of its own, for good: the thread ends with the goroutine.
+func inNetNS(t *testing.T) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("network namespaces need root")
+	}
+	runtime.LockOSThread()
+	ns, err := netns.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = ns.Close() })
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// addVeth returns the host side of a new veth.
+func addVeth(t *testing.T, name string) netlink.Link {
+	t.Helper()
+	must(t, netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: name}, PeerName: name + "p"}))
+	l, err := netlink.LinkByName(name)
+	must(t, err)
+	return l
+}
+
+func addBridge(t *testing.T, name string) netlink.Link {
+	t.Helper()
+	must(t, netlink.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: name}}))
+	l, err := netlink.LinkByName(name)
+	must(t, err)
+	return l
+}
+
+func TestLookup(t *testing.T) {
+	t.Parallel()
+	inNetNS(t)
+	veth := addVeth(t, "veth0")
+	host := attach.HostLink{Name: "veth0", Index: veth.Attrs().Index}
+	look := func(want Link) {
+		t.Helper()
+		got, err := Links{}.Lookup(host)
+		must(t, err)
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("(-want +got):\n%s", diff)
+		}
+	}
+	look(Link{Exists: true, Name: "veth0"})
+	must(t, netlink.LinkSetMaster(veth, addBridge(t, "br0")))
+	look(Link{Exists: true, Name: "veth0", Bridge: "br0"})
+	must(t, netlink.LinkSetName(veth, "renamed"))
+	look(Link{Exists: true, Name: "renamed", Bridge: "br0"})
+	if i, err := (Links{}).Index("renamed"); err != nil || i != host.Index {
+		t.Errorf("Index: %d, %v", i, err)
+	}
+	must(t, netlink.LinkDel(veth))
+	addVeth(t, "veth0") // the name again, another link
+	look(Link{})
+	if i, err := (Links{}).Index("nobody"); err != nil || i != 0 {
+		t.Errorf("Index of nobody: %d, %v", i, err)
+	}
+}
+
+// TestShowBridged holds that a bridge shows its packets whatever happens to the sysctl afterwards.
+func TestShowBridged(t *testing.T) {
+	t.Parallel()
+	inNetNS(t)
+	addBridge(t, "br0")
+	for _, c := range callBridge {
+		must(t, os.WriteFile(c.sysctl, []byte("0"), 0o600))
+	}
+	must(t, Links{}.ShowBridged("br0"))
+	for _, attr := range []string{"nf_call_iptables", "nf_call_ip6tables"} {
+		// sysfs shows the namespace that mounted it, so a netlink dump is asked: the attribute is in the bridge's own data.
+		if got := bridgeOption(t, attr); got != "1" {
+			t.Errorf("%s is %s", attr, got)
+		}
+	}
+	if err := (Links{}).ShowBridged("nobody"); err == nil || !strings.Contains(err.Error(), "sysctl -w net.bridge.bridge-nf-call-iptables=1") {
+		t.Errorf("a bridge that cannot be set: %v, want an error with the remedy", err)
+	}
+}
+
+// TestWatch holds that the end of a link is told.
+func TestWatch(t *testing.T) {
+	t.Parallel()
+	inNetNS(t)
+	veth := addVeth(t, "veth0")
+	ctx, cancel := context.WithCancel(t.Context())
+	gone, done := make(chan struct{}, 16), make(chan error, 1)
+	ready := make(chan struct{})
+	ns, err := netns.Get()
+	must(t, err)
+	go func() {
+		runtime.LockOSThread()
+		if err := netns.Set(ns); err != nil {
+			done <- err
+			return
+		}
+		close(ready)
+		done <- Links{}.Watch(ctx, func() { gone <- struct{}{} })
+	}()
+	<-ready
+	timeout := time.After(10 * time.Second)
+	for told := false; !told; {
+		// The subscription may not be there yet for the first ones.
+		must(t, netlink.LinkDel(veth))
+		select {
+		case <-gone:
+			told = true
+		case <-timeout:
+			t.Fatal("nobody told that a link has ended")
+		case <-time.After(100 * time.Millisecond):
+			veth = addVeth(t, "veth0")
+		}
+	}
+	cancel()
+	select {
+	case err := <-done:
+		must(t, err)
+	case <-time.After(10 * time.Second):
+		t.Fatal("Watch does not end with its context")
+	}
+}
+
+// bridgeOption reads an option of br0 as iproute2 shows it.
+func bridgeOption(t *testing.T, name string) string {
+	t.Helper()
+	out, err := exec.CommandContext(t.Context(), "ip", "-d", "link", "show", "br0").Output() // inherits the thread's namespace
+	must(t, err)
+	fields := strings.Fields(string(out))
+	if i := slices.Index(fields, name); i >= 0 && i+1 < len(fields) {
+		return fields[i+1]
+	}
+	t.Fatalf("ip does not show %s: %s", name, out)
+	return ""
+}
