@@ -13,6 +13,7 @@ import (
 	"strings"
 
 	"github.com/podwall/podwall/pkg/agentapi"
+	"github.com/podwall/podwall/pkg/cli"
 	"github.com/podwall/podwall/pkg/policy"
 )
 
@@ -117,7 +118,7 @@ func (c *config) complete() error {
 		}
 	}
 	if err := errors.Join(errs...); err != nil {
-		return usageError{err}
+		return cli.UsageError{Err: err}
 	}
 	return nil
 }

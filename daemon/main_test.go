@@ -5,7 +5,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"flag"
 	"fmt"
 	"log/slog"
 	"net/netip"
@@ -17,6 +16,7 @@ import (
 
 	"github.com/podwall/podwall/pkg/agentapi"
 	"github.com/podwall/podwall/pkg/attach"
+	"github.com/podwall/podwall/pkg/cli"
 	"github.com/podwall/podwall/pkg/reconcile"
 )
 
@@ -29,26 +29,26 @@ func TestExitCodes(t *testing.T) {
 		code int
 		text string // in the output
 	}{
-		{"nothing", nil, exitUsage, "Commands:"},
-		{"help", []string{"help"}, exitOK, "Exit codes:"},
-		{"help of a command", []string{"run", "--help"}, exitOK, "-own-node-egress"},
-		{"unknown command", []string{"walk"}, exitUsage, `unknown command "walk"`},
-		{"unknown flag", []string{"pods", "--nope"}, exitUsage, "see --help"},
-		{"stray argument", []string{"pods", "web"}, exitUsage, `unexpected argument "web"`},
-		{"bad output", []string{"pods", "-o", "xml"}, exitUsage, "must be table or json"},
-		{"version", []string{"version"}, exitOK, "podwalld"},
-		{"version as a flag", []string{"--version"}, exitOK, "podwalld"},
-		{"no daemon", []string{"pods", "--socket", missing}, exitFailed, missing},
-		{"no daemon, health", []string{"health", "--socket", missing}, exitFailed, missing},
-		{"two sources", []string{"run", "--manifests", "/x", "--kubeconfig", "/y"}, exitUsage, "exclude each other"},
-		{"relative socket", []string{"run", "--socket", "x.sock"}, exitUsage, "absolute path"},
-		{"relative state", []string{"run", "--state-dir", "x"}, exitUsage, "absolute path"},
-		{"bad table", []string{"run", "--table", "a b"}, exitUsage, "--table"},
-		{"bad choice", []string{"run", "--deny", "maybe"}, exitUsage, "drop or reject"},
-		{"bad listen", []string{"run", "--listen", "9481"}, exitUsage, "HOST:PORT"},
-		{"bad address", []string{"run", "--node-dns", "1.2.3"}, exitUsage, "not an IP address"},
-		{"bad level", []string{"run", "--log-level", "loud"}, exitUsage, "log-level"},
-		{"several at once", []string{"run", "--deny", "x", "--log-format", "y"}, exitUsage, "--log-format"},
+		{"nothing", nil, cli.Usage, "Commands:"},
+		{"help", []string{"help"}, cli.OK, "Exit codes:"},
+		{"help of a command", []string{"run", "--help"}, cli.OK, "-own-node-egress"},
+		{"unknown command", []string{"walk"}, cli.Usage, `unknown command "walk"`},
+		{"unknown flag", []string{"pods", "--nope"}, cli.Usage, "see podwalld pods --help"},
+		{"stray argument", []string{"pods", "web"}, cli.Usage, `unexpected argument "web"`},
+		{"bad output", []string{"pods", "-o", "xml"}, cli.Usage, "must be table or json"},
+		{"version", []string{"version"}, cli.OK, "podwalld"},
+		{"version as a flag", []string{"--version"}, cli.OK, "podwalld"},
+		{"no daemon", []string{"pods", "--socket", missing}, cli.Failed, missing},
+		{"no daemon, health", []string{"health", "--socket", missing}, cli.Failed, missing},
+		{"two sources", []string{"run", "--manifests", "/x", "--kubeconfig", "/y"}, cli.Usage, "exclude each other"},
+		{"relative socket", []string{"run", "--socket", "x.sock"}, cli.Usage, "absolute path"},
+		{"relative state", []string{"run", "--state-dir", "x"}, cli.Usage, "absolute path"},
+		{"bad table", []string{"run", "--table", "a b"}, cli.Usage, "--table"},
+		{"bad choice", []string{"run", "--deny", "maybe"}, cli.Usage, "drop or reject"},
+		{"bad listen", []string{"run", "--listen", "9481"}, cli.Usage, "HOST:PORT"},
+		{"bad address", []string{"run", "--node-dns", "1.2.3"}, cli.Usage, "not an IP address"},
+		{"bad level", []string{"run", "--log-level", "loud"}, cli.Usage, "log-level"},
+		{"several at once", []string{"run", "--deny", "x", "--log-format", "y"}, cli.Usage, "--log-format"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
@@ -67,13 +67,13 @@ func TestEnvironment(t *testing.T) {
 	t.Setenv("PODWALL_DENY", "maybe")
 	t.Setenv("PODWALL_NODE_DNS", "169.254.20.10,fd00::a")
 	var out bytes.Buffer
-	if code := run(t.Context(), []string{"run"}, &out, &out); code != exitUsage || !strings.Contains(out.String(), "--deny") {
+	if code := run(t.Context(), []string{"run"}, &out, &out); code != cli.Usage || !strings.Contains(out.String(), "--deny") {
 		t.Errorf("PODWALL_DENY was not read: %d\n%s", code, &out)
 	}
 	var cfg config
 	c := testCall(&out, "--deny", "reject")
-	cfg.flags(c.flags)
-	if err := errors.Join(c.parse(), cfg.complete()); err != nil {
+	cfg.flags(c.Flags)
+	if err := errors.Join(c.Parse(), cfg.complete()); err != nil {
 		t.Fatal(err)
 	}
 	opts := cfg.options()
@@ -82,16 +82,14 @@ func TestEnvironment(t *testing.T) {
 	}
 	t.Setenv("PODWALL_NODE_DNS", "nonsense")
 	c = testCall(&out)
-	cfg.flags(c.flags)
-	if err := c.parse(); err == nil || !strings.Contains(err.Error(), "PODWALL_NODE_DNS") {
+	cfg.flags(c.Flags)
+	if err := c.Parse(); err == nil || !strings.Contains(err.Error(), "PODWALL_NODE_DNS") {
 		t.Errorf("parse: %v, want an error that names the variable", err)
 	}
 }
 
-func testCall(out *bytes.Buffer, args ...string) *call {
-	flags := flag.NewFlagSet("podwalld run", flag.ContinueOnError)
-	flags.SetOutput(out)
-	return &call{flags: flags, args: args, stdout: out, stderr: out}
+func testCall(out *bytes.Buffer, args ...string) *cli.Call {
+	return cli.NewCall("podwalld run", "", args, out, out)
 }
 
 func TestNodeName(t *testing.T) {
@@ -189,15 +187,15 @@ func TestOperator(t *testing.T) {
 		code  int
 		texts []string
 	}{
-		{[]string{"status"}, exitOK, []string{"n1", "NetworkPolicy a/b: bad", "commit: refused"}},
-		{[]string{"pods"}, exitOK, []string{"a/web", "10.0.0.1", "a/deny", "open", "quarantined (not known)", "closed"}},
-		{[]string{"policies"}, exitOK, []string{"a/deny", "a/web"}},
-		{[]string{"ruleset"}, exitOK, []string{"table inet podwall"}},
-		{[]string{"ruleset", "--kernel"}, exitOK, []string{"table inet podwall"}},
-		{[]string{"ruleset", "--diff"}, exitNo, []string{"add chain"}},
-		{[]string{"ruleset", "--diff", "-o", "json"}, exitNo, []string{"add chain"}},
-		{[]string{"health"}, exitOK, []string{"ok"}},
-		{[]string{"health", "-o", "json"}, exitOK, []string{`"healthy":true`}},
+		{[]string{"status"}, cli.OK, []string{"n1", "NetworkPolicy a/b: bad", "commit: refused"}},
+		{[]string{"pods"}, cli.OK, []string{"a/web", "10.0.0.1", "a/deny", "open", "quarantined (not known)", "closed"}},
+		{[]string{"policies"}, cli.OK, []string{"a/deny", "a/web"}},
+		{[]string{"ruleset"}, cli.OK, []string{"table inet podwall"}},
+		{[]string{"ruleset", "--kernel"}, cli.OK, []string{"table inet podwall"}},
+		{[]string{"ruleset", "--diff"}, cli.No, []string{"add chain"}},
+		{[]string{"ruleset", "--diff", "-o", "json"}, cli.No, []string{"add chain"}},
+		{[]string{"health"}, cli.OK, []string{"ok"}},
+		{[]string{"health", "-o", "json"}, cli.OK, []string{`"healthy":true`}},
 	} {
 		var out bytes.Buffer
 		if code := run(t.Context(), append(tt.args, "--socket", socket), &out, &out); code != tt.code {

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/podwall/podwall/pkg/agentapi"
+	"github.com/podwall/podwall/pkg/cli"
 	"github.com/podwall/podwall/pkg/reconcile"
 )
 
@@ -23,15 +24,15 @@ import (
 const askTimeout = 10 * time.Second
 
 // ask parses the flags that all operator commands share, fetches a view and prints it as JSON or by table.
-func ask[T any](ctx context.Context, c *call, view string, query func() url.Values, table func(io.Writer, T) error) (T, error) {
+func ask[T any](ctx context.Context, c *cli.Call, view string, query func() url.Values, table func(io.Writer, T) error) (T, error) {
 	var v T
-	socket := c.flags.String("socket", agentapi.DefaultSocket, "`PATH` of the daemon's socket")
-	output := c.flags.String("o", "table", "output as `table|json`")
-	if err := c.parse(); err != nil {
+	socket := c.Flags.String("socket", agentapi.DefaultSocket, "`PATH` of the daemon's socket")
+	output := c.Flags.String("o", "table", "output as `table|json`")
+	if err := c.Parse(); err != nil {
 		return v, err
 	}
 	if *output != "table" && *output != "json" {
-		return v, usageError{fmt.Errorf("-o %q: must be table or json", *output)}
+		return v, cli.UsageError{Err: fmt.Errorf("-o %q: must be table or json", *output)}
 	}
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
@@ -39,16 +40,16 @@ func ask[T any](ctx context.Context, c *call, view string, query func() url.Valu
 		return v, err
 	}
 	if *output == "table" {
-		return v, table(c.stdout, v)
+		return v, table(c.Stdout, v)
 	}
-	enc := json.NewEncoder(c.stdout)
+	enc := json.NewEncoder(c.Stdout)
 	enc.SetIndent("", "  ")
 	return v, enc.Encode(v)
 }
 
 func noQuery() url.Values { return nil }
 
-func showStatus(ctx context.Context, c *call) error {
+func showStatus(ctx context.Context, c *cli.Call) error {
 	_, err := ask(ctx, c, "node", noQuery, func(w io.Writer, s reconcile.NodeStatus) error {
 		t := newTable(w)
 		t.row("node", s.Node)
@@ -70,7 +71,7 @@ func showStatus(ctx context.Context, c *call) error {
 	return err
 }
 
-func showPods(ctx context.Context, c *call) error {
+func showPods(ctx context.Context, c *cli.Call) error {
 	_, err := ask(ctx, c, "pods", noQuery, func(w io.Writer, pods []reconcile.PodStatus) error {
 		t := newTable(w)
 		t.row("POD", "IPS", "STATE", "INGRESS", "EGRESS", "LINK")
@@ -97,7 +98,7 @@ func direction(p reconcile.PodStatus, policies []string) string {
 	return strings.Join(policies, ",")
 }
 
-func showPolicies(ctx context.Context, c *call) error {
+func showPolicies(ctx context.Context, c *cli.Call) error {
 	_, err := ask(ctx, c, "policies", noQuery, func(w io.Writer, policies []reconcile.PolicyStatus) error {
 		t := newTable(w)
 		t.row("POLICY", "PODS ON THIS NODE", "PROBLEMS")
@@ -109,9 +110,9 @@ func showPolicies(ctx context.Context, c *call) error {
 	return err
 }
 
-func showRuleset(ctx context.Context, c *call) error {
-	kernel := c.flags.Bool("kernel", false, "print what the kernel has loaded")
-	diff := c.flags.Bool("diff", false, "print what would make the kernel's ruleset right; exit code 3 if there is anything")
+func showRuleset(ctx context.Context, c *cli.Call) error {
+	kernel := c.Flags.Bool("kernel", false, "print what the kernel has loaded")
+	diff := c.Flags.Bool("diff", false, "print what would make the kernel's ruleset right; exit code 3 if there is anything")
 	query := func() url.Values {
 		switch {
 		case *diff:
@@ -131,16 +132,16 @@ func showRuleset(ctx context.Context, c *call) error {
 		return err
 	})
 	if err == nil && len(answer.Diff) > 0 {
-		return errNo
+		return cli.ErrNo
 	}
 	return err
 }
 
 // showHealth asks the daemon of its own container if there is one, else whoever writes on this node.
-func showHealth(ctx context.Context, c *call) error {
-	socket := c.flags.String("socket", agentapi.DefaultSocket, "`PATH` of the daemon's socket")
-	output := c.flags.String("o", "table", "output as `table|json`")
-	if err := c.parse(); err != nil {
+func showHealth(ctx context.Context, c *cli.Call) error {
+	socket := c.Flags.String("socket", agentapi.DefaultSocket, "`PATH` of the daemon's socket")
+	output := c.Flags.String("o", "table", "output as `table|json`")
+	if err := c.Parse(); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
@@ -155,11 +156,11 @@ func showHealth(ctx context.Context, c *call) error {
 		if err != nil {
 			answer["reason"] = err.Error()
 		}
-		return errors.Join(err, json.NewEncoder(c.stdout).Encode(answer))
+		return errors.Join(err, json.NewEncoder(c.Stdout).Encode(answer))
 	case err != nil:
 		return err
 	}
-	_, err = fmt.Fprintln(c.stdout, "ok")
+	_, err = fmt.Fprintln(c.Stdout, "ok")
 	return err
 }
 

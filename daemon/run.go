@@ -19,6 +19,7 @@ import (
 
 	cniconf "github.com/podwall/podwall/cni-conf"
 	"github.com/podwall/podwall/pkg/agentapi"
+	"github.com/podwall/podwall/pkg/cli"
 	"github.com/podwall/podwall/pkg/cluster"
 	"github.com/podwall/podwall/pkg/conflist"
 	"github.com/podwall/podwall/pkg/conntrack"
@@ -34,10 +35,10 @@ type source interface {
 	Run(ctx context.Context, sink cluster.Sink) error
 }
 
-func runDaemon(ctx context.Context, c *call) error {
+func runDaemon(ctx context.Context, c *cli.Call) error {
 	var cfg config
-	cfg.flags(c.flags)
-	if err := c.parse(); err != nil {
+	cfg.flags(c.Flags)
+	if err := c.Parse(); err != nil {
 		return err
 	}
 	if err := cfg.complete(); err != nil {
@@ -96,11 +97,11 @@ func runDaemon(ctx context.Context, c *call) error {
 	return err
 }
 
-func newLogger(cfg *config, c *call) *slog.Logger {
+func newLogger(cfg *config, c *cli.Call) *slog.Logger {
 	opts := &slog.HandlerOptions{Level: cfg.logLevel}
-	var h slog.Handler = slog.NewTextHandler(c.stderr, opts)
+	var h slog.Handler = slog.NewTextHandler(c.Stderr, opts)
 	if cfg.logFormat == "json" {
-		h = slog.NewJSONHandler(c.stderr, opts)
+		h = slog.NewJSONHandler(c.Stderr, opts)
 	}
 	log := slog.New(h)
 	klog.SetSlogLogger(log) // client-go's lines look like ours

@@ -23,6 +23,7 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
+	"github.com/podwall/podwall/pkg/cli"
 	"github.com/podwall/podwall/pkg/conflist"
 	"github.com/podwall/podwall/pkg/nft"
 	"github.com/podwall/podwall/pkg/ruleset"
@@ -192,16 +193,16 @@ func TestLifeCycle(t *testing.T) {
 		if err := json.Unmarshal([]byte(r.stdout), &got); err != nil {
 			t.Fatalf("%v in %s", err, r)
 		}
-		if got.OK != (code == exitOK) || got.Plugin.State != wantPlugin || got.Conflist.State != wantList || got.StandDown != standDown {
+		if got.OK != (code == cli.OK) || got.Plugin.State != wantPlugin || got.Conflist.State != wantList || got.StandDown != standDown {
 			t.Errorf("want %s, %s, %t, got %s", wantPlugin, wantList, standDown, r)
 		}
 		if text := n.must(code, "status").stdout; !strings.Contains(text, string(wantPlugin)) || !strings.Contains(text, string(wantList)) {
 			t.Errorf("status: %s", text)
 		}
 	}
-	status(exitNo, conflist.Missing, conflist.Missing, false)
-	n.must(exitOK, "install")
-	status(exitOK, conflist.Installed, conflist.Installed, false)
+	status(cli.No, conflist.Missing, conflist.Missing, false)
+	n.must(cli.OK, "install")
+	status(cli.OK, conflist.Installed, conflist.Installed, false)
 	want := strings.Replace(list, "    }\n  ]", "    },\n    {\n      \"type\": \"podwall\"\n    }\n  ]", 1)
 	if diff := cmp.Diff(map[string]string{"10-n.conflist": want, "20-m.conflist": before["20-m.conflist"]}, contents(t, n.confs)); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
@@ -220,7 +221,7 @@ func TestLifeCycle(t *testing.T) {
 		return inodes
 	}
 	first := inodes()
-	if r := n.must(exitOK, "install"); strings.Count(r.stdout, "is there") != 2 {
+	if r := n.must(cli.OK, "install"); strings.Count(r.stdout, "is there") != 2 {
 		t.Errorf("second install: %s", r)
 	}
 	if diff := cmp.Diff(first, inodes()); diff != "" {
@@ -228,10 +229,10 @@ func TestLifeCycle(t *testing.T) {
 	}
 
 	// Upgrade: another plugin, another socket.
-	if r := n.must(exitNo, "status", "--plugin", plugins.b, "--socket", n.socket); strings.Count(r.stdout, "outdated") != 2 {
+	if r := n.must(cli.No, "status", "--plugin", plugins.b, "--socket", n.socket); strings.Count(r.stdout, "outdated") != 2 {
 		t.Errorf("before the upgrade: %s", r)
 	}
-	n.must(exitOK, "install", "--plugin", plugins.b, "--socket", n.socket, "--timeout", "20s", "--log-file", "/var/log/podwall.log")
+	n.must(cli.OK, "install", "--plugin", plugins.b, "--socket", n.socket, "--timeout", "20s", "--log-file", "/var/log/podwall.log")
 	wantEntry := fmt.Sprintf(`{"type":"podwall","socket":%q,"timeout":"20s","logFile":"/var/log/podwall.log"}`, n.socket)
 	if state, err := conflist.StateOf([]byte(readFile(t, filepath.Join(n.confs, "10-n.conflist"))), []byte(wantEntry)); err != nil || state != conflist.Installed {
 		t.Errorf("entry %s, %v in %s", state, err, readFile(t, filepath.Join(n.confs, "10-n.conflist")))
@@ -239,43 +240,43 @@ func TestLifeCycle(t *testing.T) {
 	if readFile(t, filepath.Join(n.bin, "podwall")) != readFile(t, plugins.b) {
 		t.Error("the plugin was not replaced")
 	}
-	status(exitNo, conflist.Outdated, conflist.Outdated, false) // by the flags of the first installation
-	n.must(exitOK, "install")
+	status(cli.No, conflist.Outdated, conflist.Outdated, false) // by the flags of the first installation
+	n.must(cli.OK, "install")
 
 	for i := range 2 {
-		r := n.must(exitOK, "uninstall", "--wait", "0")
+		r := n.must(cli.OK, "uninstall", "--wait", "0")
 		if strings.Contains(r.stdout, "podwall removed") != (i == 0) {
 			t.Errorf("uninstall %d: %s", i, r)
 		}
 		if diff := cmp.Diff(before, contents(t, n.confs)); diff != "" {
 			t.Errorf("after uninstall (-want +got):\n%s", diff)
 		}
-		status(exitNo, conflist.Installed, conflist.Missing, true)
+		status(cli.No, conflist.Installed, conflist.Missing, true)
 	}
-	n.must(exitOK, "uninstall", "--purge")
-	n.must(exitOK, "uninstall", "--purge")
+	n.must(cli.OK, "uninstall", "--purge")
+	n.must(cli.OK, "uninstall", "--purge")
 	if got := contents(t, n.bin); len(got) > 0 {
 		t.Errorf("after purge there are %q", got)
 	}
-	n.must(exitOK, "install")
-	status(exitOK, conflist.Installed, conflist.Installed, false)
+	n.must(cli.OK, "install")
+	status(cli.OK, conflist.Installed, conflist.Installed, false)
 }
 
 func TestStatusNotComparable(t *testing.T) {
 	t.Parallel()
 	n := newNode(t, map[string]string{"10-n.conflist": list})
-	n.must(exitOK, "install")
-	if r := n.must(exitOK, "status", "--plugin", filepath.Join(n.dir, "none")); !strings.Contains(r.stdout, "unverified") {
+	n.must(cli.OK, "install")
+	if r := n.must(cli.OK, "status", "--plugin", filepath.Join(n.dir, "none")); !strings.Contains(r.stdout, "unverified") {
 		t.Error(r)
 	}
 	if err := os.Chmod(filepath.Join(n.bin, "podwall"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if r := n.must(exitNo, "status"); !strings.Contains(r.stdout, "not executable") {
+	if r := n.must(cli.No, "status"); !strings.Contains(r.stdout, "not executable") {
 		t.Error(r)
 	}
-	n.must(exitOK, "install")
-	n.must(exitOK, "status")
+	n.must(cli.OK, "install")
+	n.must(cli.OK, "status")
 }
 
 func TestStatusWaits(t *testing.T) {
@@ -284,8 +285,8 @@ func TestStatusWaits(t *testing.T) {
 	cmd := n.command("status", "--wait", "30s")
 	done := make(chan result)
 	go func() { done <- output(t, cmd) }()
-	n.must(exitOK, "install")
-	if r := <-done; r.code != exitOK {
+	n.must(cli.OK, "install")
+	if r := <-done; r.code != cli.OK {
 		t.Error(r)
 	}
 }
@@ -299,20 +300,20 @@ func TestInstallFails(t *testing.T) {
 		code  int
 		want  string
 	}{
-		"no conflist":                       {nil, nil, exitFailed, "--wait"},
-		"time is up":                        {nil, []string{"--wait", "50ms"}, exitFailed, "waited 50ms for a main CNI plugin: no CNI configuration"},
-		"no conflist loads":                 {map[string]string{"10-n.conflist": list + "}"}, nil, exitFailed, "10-n.conflist"},
-		"no plugin":                         {good, []string{"--plugin", "/nonexistent/podwall"}, exitFailed, "--plugin"},
-		"broken plugin":                     {good, []string{"--plugin", plugins.broken}, exitFailed, "no such library"},
-		"another program":                   {good, []string{"--plugin", plugins.foreign}, exitFailed, "is it podwall?"},
-		"not executable":                    {good, []string{"--plugin", plugins.notExecutable}, exitFailed, "permission denied"},
-		"relative socket":                   {good, []string{"--socket", "s"}, exitUsage, `--socket "s": must be an absolute path`},
-		"relative directory":                {good, []string{"--cni-conf-dir", "net.d"}, exitUsage, "--cni-conf-dir"},
-		"negative time":                     {good, []string{"--timeout", "-1s"}, exitUsage, "negative"},
-		"no duration":                       {good, []string{"--wait", "soon"}, exitUsage, "soon"},
-		"unknown flag":                      {good, []string{"--bin-dir", "/x"}, exitUsage, "see podwall-install install --help"},
-		"an argument":                       {good, []string{"now"}, exitUsage, `unexpected argument "now"`},
-		"a file where a directory is to be": {good, []string{"--cni-bin-dir", plugins.a}, exitFailed, "not a directory"},
+		"no conflist":                       {nil, nil, cli.Failed, "--wait"},
+		"time is up":                        {nil, []string{"--wait", "50ms"}, cli.Failed, "waited 50ms for a main CNI plugin: no CNI configuration"},
+		"no conflist loads":                 {map[string]string{"10-n.conflist": list + "}"}, nil, cli.Failed, "10-n.conflist"},
+		"no plugin":                         {good, []string{"--plugin", "/nonexistent/podwall"}, cli.Failed, "--plugin"},
+		"broken plugin":                     {good, []string{"--plugin", plugins.broken}, cli.Failed, "no such library"},
+		"another program":                   {good, []string{"--plugin", plugins.foreign}, cli.Failed, "is it podwall?"},
+		"not executable":                    {good, []string{"--plugin", plugins.notExecutable}, cli.Failed, "permission denied"},
+		"relative socket":                   {good, []string{"--socket", "s"}, cli.Usage, `--socket "s": must be an absolute path`},
+		"relative directory":                {good, []string{"--cni-conf-dir", "net.d"}, cli.Usage, "--cni-conf-dir"},
+		"negative time":                     {good, []string{"--timeout", "-1s"}, cli.Usage, "negative"},
+		"no duration":                       {good, []string{"--wait", "soon"}, cli.Usage, "soon"},
+		"unknown flag":                      {good, []string{"--bin-dir", "/x"}, cli.Usage, "see podwall-install install --help"},
+		"an argument":                       {good, []string{"now"}, cli.Usage, `unexpected argument "now"`},
+		"a file where a directory is to be": {good, []string{"--cni-bin-dir", plugins.a}, cli.Failed, "not a directory"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -339,14 +340,14 @@ func TestUsage(t *testing.T) {
 		code       int
 		out, wrong string // on stdout, on stderr
 	}{
-		"nothing":        {nil, exitUsage, "", "Usage: podwall-install COMMAND"},
-		"help":           {[]string{"help"}, exitOK, "Exit codes:", ""},
-		"--help":         {[]string{"--help"}, exitOK, "Exit codes:", ""},
-		"install --help": {[]string{"install", "--help"}, exitOK, "-cni-conf-dir", ""},
-		"version":        {[]string{"version"}, exitOK, "podwall-install", ""},
-		"unknown":        {[]string{"remove"}, exitUsage, "", `unknown command "remove"`},
-		"unknown output": {[]string{"status", "-o", "yaml"}, exitUsage, "", "-o"},
-		"bad table":      {[]string{"uninstall", "--table", "a b"}, exitUsage, "", "--table"},
+		"nothing":        {nil, cli.Usage, "", "Usage: podwall-install COMMAND"},
+		"help":           {[]string{"help"}, cli.OK, "Exit codes:", ""},
+		"--help":         {[]string{"--help"}, cli.OK, "Exit codes:", ""},
+		"install --help": {[]string{"install", "--help"}, cli.OK, "-cni-conf-dir", ""},
+		"version":        {[]string{"version"}, cli.OK, "podwall-install", ""},
+		"unknown":        {[]string{"remove"}, cli.Usage, "", `unknown command "remove"`},
+		"unknown output": {[]string{"status", "-o", "yaml"}, cli.Usage, "", "-o"},
+		"bad table":      {[]string{"uninstall", "--table", "a b"}, cli.Usage, "", "--table"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -369,7 +370,7 @@ func TestEnvironment(t *testing.T) {
 	n := newNode(t, map[string]string{"10-n.conflist": list})
 	cmd := n.command("install", "--timeout", "5s")
 	cmd.Env = append(cmd.Env, "PODWALL_SOCKET="+n.socket, "PODWALL_TIMEOUT=7s")
-	if r := output(t, cmd); r.code != exitOK {
+	if r := output(t, cmd); r.code != cli.OK {
 		t.Fatal(r)
 	}
 	if got := readFile(t, filepath.Join(n.confs, "10-n.conflist")); !strings.Contains(got, n.socket) || !strings.Contains(got, `"5s"`) {
@@ -377,7 +378,7 @@ func TestEnvironment(t *testing.T) {
 	}
 	cmd = n.command("install")
 	cmd.Env = append(cmd.Env, "PODWALL_WAIT=soon")
-	if r := output(t, cmd); r.code != exitUsage || !strings.Contains(r.stderr, `PODWALL_WAIT="soon"`) {
+	if r := output(t, cmd); r.code != cli.Usage || !strings.Contains(r.stderr, `PODWALL_WAIT="soon"`) {
 		t.Error(r)
 	}
 }
@@ -408,7 +409,7 @@ func TestInstallWaits(t *testing.T) {
 	if err := cmd.Wait(); err != nil {
 		t.Fatal(err)
 	}
-	n.must(exitOK, "status")
+	n.must(cli.OK, "status")
 }
 
 // A running program cannot be written to, only replaced.
@@ -437,7 +438,7 @@ func TestInstallReplacesRunningPlugin(t *testing.T) {
 	if err := os.WriteFile(old, nil, 0o755); !errors.Is(err, unix.ETXTBSY) {
 		t.Fatalf("this kernel lets running programs be overwritten (%v): the test shows nothing", err)
 	}
-	n.must(exitOK, "install")
+	n.must(cli.OK, "install")
 }
 
 // mounted runs the installer after a mount in a mount namespace of its own.
@@ -489,7 +490,7 @@ func TestFileSystemsThatDoNotTakePart(t *testing.T) {
 				t.Fatal(err)
 			}
 			r := n.mounted(fmt.Sprintf(tc.mount, n.bin, n.confs), tc.command)
-			if r.code != exitFailed {
+			if r.code != cli.Failed {
 				t.Error(r)
 			}
 			for _, want := range tc.want {
@@ -526,7 +527,7 @@ func TestKilledAtAnyInstant(t *testing.T) {
 		return n.command("install", "--plugin", []string{plugins.a, plugins.b}[i/2%2], "--socket", fmt.Sprintf("%s%d", n.socket, i))
 	}
 	for i := range 6 {
-		if r := output(t, command(i)); r.code != exitOK {
+		if r := output(t, command(i)); r.code != cli.OK {
 			t.Fatal(r)
 		}
 	}
@@ -547,7 +548,7 @@ func TestKilledAtAnyInstant(t *testing.T) {
 		if status := cmd.ProcessState.Sys().(syscall.WaitStatus); status.Signaled() {
 			killed++
 			span += span / 30
-		} else if status.ExitStatus() != exitOK {
+		} else if status.ExitStatus() != cli.OK {
 			t.Fatalf("run %d (%q) ended with %d by itself", i, cmd.Args, status.ExitStatus())
 		} else {
 			span -= span / 20
@@ -584,9 +585,9 @@ func TestKilledAtAnyInstant(t *testing.T) {
 		t.Errorf("only %d of %d runs were killed: the test shows little", killed, kills)
 	}
 	for i, n := range nodes {
-		n.must(exitOK, "install")
-		n.must(exitOK, "status")
-		n.must(exitOK, "uninstall", "--wait", "0", "--purge")
+		n.must(cli.OK, "install")
+		n.must(cli.OK, "status")
+		n.must(cli.OK, "uninstall", "--wait", "0", "--purge")
 		want := map[string]string{"10-n.conflist": list}
 		if i == 1 {
 			want = map[string]string{"10-n.conf": conf}
@@ -665,10 +666,10 @@ func TestUninstallRemovesTables(t *testing.T) {
 	n := newNode(t, map[string]string{"10-n.conflist": list})
 	inNamespace(t, func(kernel *nft.Kernel) {
 		addTables(t, kernel, inet, netdev, others)
-		if r := output(t, here(n.command("uninstall", "--table", "other"))); r.code != exitOK || len(tables(t, kernel)) != 3 {
+		if r := output(t, here(n.command("uninstall", "--table", "other"))); r.code != cli.OK || len(tables(t, kernel)) != 3 {
 			t.Errorf("another table's uninstall: %s leaves %v", r, tables(t, kernel))
 		}
-		if r := output(t, here(n.command("uninstall"))); r.code != exitOK || strings.Count(r.stdout, "deleted") != 2 {
+		if r := output(t, here(n.command("uninstall"))); r.code != cli.OK || strings.Count(r.stdout, "deleted") != 2 {
 			t.Error(r)
 		}
 		if diff := cmp.Diff([]ruleset.TableID{others}, tables(t, kernel)); diff != "" {
@@ -709,7 +710,7 @@ func TestUninstallReportsTableThatComesBack(t *testing.T) {
 			case <-tick.C:
 				addTables(t, kernel, inet)
 			case r := <-done:
-				if r.code != exitFailed || !strings.Contains(r.stderr, "table inet podwall comes back: stop podwalld") {
+				if r.code != cli.Failed || !strings.Contains(r.stderr, "table inet podwall comes back: stop podwalld") {
 					t.Error(r)
 				}
 				return
@@ -745,7 +746,7 @@ func TestUninstallWaitsForOwner(t *testing.T) {
 				return
 			}
 		}
-		if r := output(t, here(n.command("uninstall", "--wait", "300ms"))); r.code != exitFailed || !strings.Contains(r.stderr, "delete table inet podwall") {
+		if r := output(t, here(n.command("uninstall", "--wait", "300ms"))); r.code != cli.Failed || !strings.Contains(r.stderr, "delete table inet podwall") {
 			t.Error(r)
 		}
 		cmd := here(n.command("uninstall", "--wait", "30s"))

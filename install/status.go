@@ -10,6 +10,7 @@ import (
 	"os"
 	"time"
 
+	"github.com/podwall/podwall/pkg/cli"
 	"github.com/podwall/podwall/pkg/conflist"
 )
 
@@ -56,7 +57,7 @@ func (in *installer) status(ctx context.Context) error {
 		if err := in.print(r); err != nil {
 			return err
 		}
-		return errNo
+		return cli.ErrNo
 	}
 }
 
