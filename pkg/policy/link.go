@@ -47,7 +47,9 @@ func (r *renderer) linkChain(e *Endpoint, prefix, hook string) *ruleset.Chain {
 // closedLink lets nothing through but what keeps IPv6 addresses alive.
 func (r *renderer) closedLink(e *Endpoint) {
 	if c := r.linkChain(e, prefixSource, "ingress"); c != nil {
-		c.Rules = append(passICMPv6(), dropRule().WithComment(e.Name+" quarantine"))
+		// The addresses are for Links: everything is dropped, but the next start may have nothing else to know them by.
+		c.Rules = append(passICMPv6(), dropRule(notOwn(e, ruleset.IPSaddr)...), dropRule(notOwn(e, ruleset.IP6Saddr)...),
+			dropRule().WithComment(e.Name+" quarantine"))
 	}
 	if e.Bridge == "" {
 		return
@@ -131,7 +133,7 @@ var Quarantined = ruleset.To(ruleset.Goto, chainQuarantine)
 // LinkOf is what a ruleset tells about an endpoint by the chain of its host veth.
 type LinkOf struct {
 	Device string
-	IPs    []netip.Addr // its own addresses; none when the endpoint is closed
+	IPs    []netip.Addr // its own addresses
 }
 
 // Links returns the endpoints whose host veth has a chain in a ruleset, by Endpoint.ID.

@@ -131,7 +131,7 @@ func TestLinks(t *testing.T) {
 		name             string
 		isolated, closed bool
 		ips              []netip.Addr
-	}{{"open", false, false, []netip.Addr{own4, own6}}, {"isolated", true, false, []netip.Addr{own4, own6}}, {"closed", false, true, nil}} {
+	}{{"open", false, false, []netip.Addr{own4, own6}}, {"isolated", true, false, []netip.Addr{own4, own6}}, {"closed", false, true, []netip.Addr{own4, own6}}} {
 		for _, bridge := range []string{"", "br0"} {
 			want := map[string]LinkOf{"x": {Device: "veth0", IPs: tt.ips}}
 			got := Links(Render(linkInput(bridge, tt.isolated, tt.closed)).Ruleset)

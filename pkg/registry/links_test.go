@@ -38,11 +38,11 @@ func must(t *testing.T, err error) {
 	}
 }
 
-// addVeth returns the host side of a new veth.
-func addVeth(t *testing.T, name string) netlink.Link {
+// addVeth returns the host side of a new veth, veth0.
+func addVeth(t *testing.T) netlink.Link {
 	t.Helper()
-	must(t, netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: name}, PeerName: name + "p"}))
-	l, err := netlink.LinkByName(name)
+	must(t, netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "veth0"}, PeerName: "veth0p"}))
+	l, err := netlink.LinkByName("veth0")
 	must(t, err)
 	return l
 }
@@ -58,7 +58,7 @@ func addBridge(t *testing.T, name string) netlink.Link {
 func TestLookup(t *testing.T) {
 	t.Parallel()
 	inNetNS(t)
-	veth := addVeth(t, "veth0")
+	veth := addVeth(t)
 	host := attach.HostLink{Name: "veth0", Index: veth.Attrs().Index}
 	look := func(want Link) {
 		t.Helper()
@@ -77,7 +77,7 @@ func TestLookup(t *testing.T) {
 		t.Errorf("Index: %d, %v", i, err)
 	}
 	must(t, netlink.LinkDel(veth))
-	addVeth(t, "veth0") // the name again, another link
+	addVeth(t) // the name again, another link
 	look(Link{})
 	if i, err := (Links{}).Index("nobody"); err != nil || i != 0 {
 		t.Errorf("Index of nobody: %d, %v", i, err)
@@ -108,7 +108,7 @@ func TestShowBridged(t *testing.T) {
 func TestWatch(t *testing.T) {
 	t.Parallel()
 	inNetNS(t)
-	veth := addVeth(t, "veth0")
+	veth := addVeth(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	gone, done := make(chan struct{}, 16), make(chan error, 1)
 	ready := make(chan struct{})
@@ -134,7 +134,7 @@ func TestWatch(t *testing.T) {
 		case <-timeout:
 			t.Fatal("nobody told that a link has ended")
 		case <-time.After(100 * time.Millisecond):
-			veth = addVeth(t, "veth0")
+			veth = addVeth(t)
 		}
 	}
 	cancel()

@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"encoding/binary"
-	"encoding/json"
 	"fmt"
 	"hash/crc32"
 	"net"
@@ -338,29 +337,9 @@ func TestLinkLocal(t *testing.T) {
 // namespaces.
 func linkLocal(t *testing.T, from, to *testnet.Pod) netip.Addr {
 	t.Helper()
-	show := func(h *testnet.Host) (int, netip.Addr) {
-		out, err := h.Run(t.Context(), "ip", "-j", "addr", "show", "dev", "eth0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		var links []struct {
-			Index int `json:"ifindex"`
-			Addrs []struct {
-				Local netip.Addr `json:"local"`
-			} `json:"addr_info"`
-		}
-		if err := json.Unmarshal([]byte(out), &links); err != nil {
-			t.Fatal(err)
-		}
-		for _, a := range links[0].Addrs {
-			if a.Local.IsLinkLocalUnicast() {
-				return links[0].Index, a.Local
-			}
-		}
-		t.Fatalf("%s has no link-local address: %s", h.Name, out)
-		return 0, netip.Addr{}
+	address := linkNamed(t, to.Host, "eth0").linkLocal()
+	if !address.IsValid() {
+		t.Fatalf("%s has no link-local address", to.Name)
 	}
-	index, _ := show(from.Host)
-	_, address := show(to.Host)
-	return address.WithZone(fmt.Sprint(index))
+	return address.WithZone(fmt.Sprint(linkNamed(t, from.Host, "eth0").Index))
 }

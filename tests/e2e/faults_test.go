@@ -1,0 +1,493 @@
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/podwall/podwall/internal/testnet"
+)
+
+// sweepTimeout is how long the daemon may take to find what it is not told of: it looks at links and tables every 10 s.
+const sweepTimeout = 15 * time.Second
+
+// cell is about TCP port 80 of pods of the namespace default.
+func cell(from, to string, want bool) testnet.Cell {
+	return testnet.Cell{From: "default/" + from, To: "default/" + to, Port: testnet.TCP(80), Want: want}
+}
+
+var clientAndGuest = podManifest("default", "client", "role: client") + podManifest("default", "guest", "role: guest")
+
+// TestFlushedTables holds that what somebody else takes out of podwall's tables comes back: with the daemon's start, before the
+// next ADD is answered, and with the next sweep.
+func TestFlushedTables(t *testing.T) {
+	t.Parallel()
+	linkLocalProbe := func(t *testing.T, from, to *testnet.Pod) testnet.Probe {
+		t.Helper()
+		return testnet.Probe{From: from.Host, To: to.Host, Family: testnet.IPv6, Port: testnet.TCP(80), Via: netip.AddrPortFrom(linkLocal(t, from, to), 80)}
+	}
+	probe := func(_ *testing.T, from, to *testnet.Pod) testnet.Probe {
+		return testnet.Probe{From: from.Host, To: to.Host, Family: testnet.IPv4, Port: testnet.TCP(80)}
+	}
+	for _, tt := range []struct {
+		name, cni, command string
+		probe              func(t *testing.T, from, to *testnet.Pod) testnet.Probe
+	}{
+		{"everything", "ptp", "flush ruleset", probe},
+		{"table", "bridge", "delete table inet podwall", probe},
+		{"chain", "bridge", "flush chain inet podwall ingress", probe},
+		{"verdict map", "ptp", "flush map inet podwall in4", probe},
+		{"netdev table", "bridge", "delete table netdev podwall", linkLocalProbe},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			n := start(t, setup{cni: tt.cni, manifests: quiet})
+			flush := func() {
+				t.Helper()
+				if _, err := n.Host.Run(t.Context(), "nft", tt.command); err != nil {
+					t.Fatal(err)
+				}
+			}
+			a, b := add(t, n, "default", "a"), add(t, n, "default", "b", testnet.TCP(80))
+			toB := tt.probe(t, a, b)
+			expect(t, toB, testnet.Denied)
+
+			if err := n.KillDaemon(); err != nil {
+				t.Fatal(err)
+			}
+			flush()
+			expect(t, toB, testnet.Allowed) // nobody mends it: the command does open the pod
+			if err := n.StartDaemon(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			expect(t, toB, testnet.Denied)
+
+			flush()
+			c := add(t, n, "default", "c", testnet.TCP(80))
+			expect(t, tt.probe(t, a, c), testnet.Denied)
+			expect(t, toB, testnet.Denied)
+
+			flush()
+			within(t, sweepTimeout, toB, testnet.Denied)
+		})
+	}
+}
+
+// TestBridgeNetfilterOff holds that pods of one bridge stay enforced when the node stops showing bridged packets to netfilter.
+func TestBridgeNetfilterOff(t *testing.T) {
+	t.Parallel()
+	n := start(t, setup{cni: "bridge", manifests: quiet})
+	sysctl := func() {
+		t.Helper()
+		if _, err := n.Host.Run(t.Context(), "sysctl", "-w", "net.bridge.bridge-nf-call-iptables=0", "net.bridge.bridge-nf-call-ip6tables=0"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	attribute := func() {
+		t.Helper()
+		bridge := findLink(t, n.Host, func(l link) bool { return strings.HasPrefix(l.Name, "cni") }).Name
+		if _, err := n.Host.Run(t.Context(), "ip", "link", "set", "dev", bridge, "type", "bridge", "nf_call_iptables", "0", "nf_call_ip6tables", "0"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	a, b := add(t, n, "default", "a"), add(t, n, "default", "b", testnet.TCP(80))
+	expectAll(t, n, a.Host, b.Host, testnet.TCP(80), testnet.Denied)
+	sysctl() // as an installer of something else does for all bridges
+	expectAll(t, n, a.Host, b.Host, testnet.TCP(80), testnet.Denied)
+
+	if err := n.KillDaemon(); err != nil {
+		t.Fatal(err)
+	}
+	attribute()
+	expectAll(t, n, a.Host, b.Host, testnet.TCP(80), testnet.Allowed) // nobody mends it: netfilter does not see the packets
+	if err := n.StartDaemon(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	expectAll(t, n, a.Host, b.Host, testnet.TCP(80), testnet.Denied)
+
+	attribute()
+	for _, f := range n.Families {
+		within(t, sweepTimeout, testnet.Probe{From: a.Host, To: b.Host, Family: f, Port: testnet.TCP(80)}, testnet.Denied)
+	}
+}
+
+// TestRenamedLink holds that a host veth with another name is still the pod's.
+func TestRenamedLink(t *testing.T) {
+	t.Parallel()
+	for _, cni := range mainCNIs {
+		t.Run(cni, func(t *testing.T) {
+			t.Parallel()
+			n := start(t, setup{cni: cni, manifests: map[string]string{
+				"pods.yaml":   clientAndGuest + podManifest("default", "server", "app: server"),
+				"policy.yaml": policyManifest("default", "p", clientsOnly),
+			}})
+			add(t, n, "default", "client")
+			guest, server := add(t, n, "default", "guest"), add(t, n, "default", "server", testnet.TCP(80))
+			want := testnet.Matrix{cell("client", "server", true), cell("guest", "server", false)}
+			judge(t, n, want)
+			if _, err := n.Host.Run(t.Context(), "ip", "link", "set", "dev", hostLink(t, n, server).Name, "name", "renamed0"); err != nil {
+				t.Fatal(err)
+			}
+			judge(t, n, want)
+			pollWithin(t, sweepTimeout, "the daemon uses the link's new name", func() bool {
+				out, err := n.Podwalld(t.Context(), "pods")
+				if err != nil {
+					t.Fatal(err)
+				}
+				return strings.Contains(out, "renamed0")
+			})
+			judge(t, n, want)
+			if !registered(t, n, server) {
+				t.Error("the pod has lost its registration with its link's name")
+			}
+			if cni == "bridge" {
+				expect(t, testnet.Probe{From: guest.Host, To: server.Host, Family: testnet.IPv6, Port: testnet.TCP(80), Via: netip.AddrPortFrom(linkLocal(t, guest, server), 80)}, testnet.Denied)
+			}
+		})
+	}
+}
+
+// TestDamagedRegistration holds that a pod whose registration cannot be read at a start is closed, not open, and that adding it
+// again is the remedy.
+func TestDamagedRegistration(t *testing.T) {
+	t.Parallel()
+	damages := map[string]func(file string) error{
+		"whole":     func(string) error { return nil },
+		"truncated": func(file string) error { return os.Truncate(file, 40) },
+		"emptied":   func(file string) error { return os.Truncate(file, 0) },
+		"garbled":   func(file string) error { return os.WriteFile(file, []byte("\x00\x00\x00\x00"), 0o600) },
+		"removed":   os.Remove,
+	}
+	for _, cni := range mainCNIs {
+		t.Run(cni, func(t *testing.T) {
+			t.Parallel()
+			manifests := clientAndGuest
+			for name := range damages {
+				manifests += podManifest("default", name, "app: server")
+			}
+			n := start(t, setup{cni: cni, manifests: map[string]string{"pods.yaml": manifests, "policy.yaml": policyManifest("default", "p", clientsOnly)}})
+			add(t, n, "default", "client")
+			add(t, n, "default", "guest", testnet.TCP(80))
+			servers := map[string]*testnet.Pod{}
+			for name := range damages {
+				servers[name] = add(t, n, "default", name, testnet.TCP(80))
+			}
+			want := func(open func(name string) bool) testnet.Matrix {
+				var m testnet.Matrix
+				for name := range damages {
+					m = append(m, cell("client", name, open(name)), cell("guest", name, false), cell(name, "guest", open(name)))
+				}
+				return m
+			}
+			everyone := func(string) bool { return true }
+			judge(t, n, want(everyone))
+			if err := n.KillDaemon(); err != nil {
+				t.Fatal(err)
+			}
+			for name, damage := range damages {
+				for _, file := range attachments(t, n) {
+					if strings.Contains(file, servers[name].ContainerID) {
+						if err := damage(file); err != nil {
+							t.Fatal(err)
+						}
+					}
+				}
+			}
+			for range 2 { // the second start finds what the first one has made of it
+				if err := n.StartDaemon(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				judge(t, n, want(func(name string) bool { return name == "whole" }))
+				if err := n.KillDaemon(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := n.StartDaemon(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			for name, pod := range servers {
+				if name == "whole" {
+					continue
+				}
+				if _, err := n.CNITool(t.Context(), "del", pod); err != nil {
+					t.Error(err)
+				}
+				if err := n.Add(t.Context(), pod); err != nil {
+					t.Error(err)
+				}
+			}
+			judge(t, n, want(everyone))
+		})
+	}
+}
+
+// TestBrokenManifestAtStart holds that the last good content of a file outlives the daemon.
+func TestBrokenManifestAtStart(t *testing.T) {
+	t.Parallel()
+	good := policyManifest("default", "p", clientsOnly)
+	n := start(t, setup{cni: "ptp", manifests: map[string]string{
+		"pods.yaml":   clientAndGuest + podManifest("default", "server", "app: server"),
+		"policy.yaml": good,
+	}})
+	add(t, n, "default", "client")
+	add(t, n, "default", "guest")
+	add(t, n, "default", "server", testnet.TCP(80))
+	enforced := testnet.Matrix{cell("client", "server", true), cell("guest", "server", false)}
+	restart := func(change func() error) {
+		t.Helper()
+		if err := n.KillDaemon(); err != nil {
+			t.Fatal(err)
+		}
+		if err := change(); err != nil {
+			t.Fatal(err)
+		}
+		if err := n.StartDaemon(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	judge(t, n, enforced)
+	for _, broken := range []string{good[:len(good)-20], strings.ReplaceAll(good, "podSelector: {matchLabels", "podSelector: {matchLabel"), "\x00"} {
+		restart(func() error { return n.WriteManifest("policy.yaml", broken) })
+		judge(t, n, enforced)
+		status, err := n.Podwalld(t.Context(), "status")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !strings.Contains(status, "policy.yaml") {
+			t.Errorf("the status does not name the broken file:\n%s", status)
+		}
+	}
+	restart(func() error { return n.WriteManifest("policy.yaml", good) })
+	judge(t, n, enforced)
+	// What was taken away on purpose is gone.
+	restart(func() error { return os.Remove(filepath.Join(n.ManifestDir(), "policy.yaml")) })
+	judge(t, n, testnet.Matrix{cell("client", "server", true), cell("guest", "server", true)})
+}
+
+// TestMovedManifest holds that a policy whose file moves while the directory is being read is in force all the time.
+func TestMovedManifest(t *testing.T) {
+	t.Parallel()
+	n := start(t, setup{cni: "ptp", manifests: quiet})
+	here, there := filepath.Join(n.ManifestDir(), "a", "policy.yaml"), filepath.Join(n.ManifestDir(), "b", "policy.yaml")
+	for _, file := range []string{here, there} {
+		if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range 3000 { // so that reading takes its time
+		if err := os.WriteFile(filepath.Join(n.ManifestDir(), "b", fmt.Sprintf("%d.yaml", i)), []byte("# nothing\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Rename(filepath.Join(n.ManifestDir(), "policy.yaml"), here); err != nil {
+		t.Fatal(err)
+	}
+	a, b := add(t, n, "default", "a"), add(t, n, "default", "b", testnet.UDP(80))
+	eventually(t, testnet.Probe{From: a.Host, To: b.Host, Family: testnet.IPv4, Port: testnet.UDP(80)}, testnet.Denied)
+	received := openTap(t, b.Host)
+	const marker = "while the policy moves"
+	stream(t, a.Host, netip.AddrPortFrom(b.Addrs[testnet.IPv4], 80), marker)
+	moves := 0
+	for deadline := time.Now().Add(6 * time.Second); time.Now().Before(deadline); moves++ {
+		if err := os.Rename(here, there); err != nil {
+			t.Fatal(err)
+		}
+		here, there = there, here
+		time.Sleep(time.Duration(20+moves*7%60) * time.Millisecond) // at another moment of the walk each time
+	}
+	if received.has(t, marker) {
+		t.Errorf("datagrams arrived while the policy's file moved %d times", moves)
+	}
+	if err := os.Remove(here); err != nil {
+		t.Fatal(err)
+	}
+	poll(t, "datagrams arrive without the policy", func() bool { return received.has(t, marker) })
+}
+
+// TestSilentConnections holds that those who connect to the socket and say nothing, or never finish, keep nobody from an ADD.
+func TestSilentConnections(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name, says string
+		count      int
+	}{
+		{"silent", "", 1000},
+		{"unfinished", "PUT /v1/attachments/x/eth0 HTTP/1.1\r\nHost: podwall\r\nContent-Length: 1000000\r\n\r\n{", 300},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			n := start(t, setup{cni: "ptp", manifests: quiet})
+			for range tt.count {
+				conn, err := net.DialTimeout("unix", n.Socket(), changeTimeout)
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Cleanup(func() { _ = conn.Close() })
+				if _, err := conn.Write([]byte(tt.says)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			begin := time.Now()
+			a := add(t, n, "default", "a", testnet.TCP(80))
+			t.Logf("ADD took %s", time.Since(begin))
+			b := add(t, n, "default", "b")
+			expectAll(t, n, b.Host, a.Host, testnet.TCP(80), testnet.Denied)
+			expectAll(t, n, n.Host, a.Host, testnet.TCP(80), testnet.Allowed)
+		})
+	}
+}
+
+// TestManyADDsAtOnce holds that each of many pods is enforced when its ADD returns, and that their DELs leave nothing.
+func TestManyADDsAtOnce(t *testing.T) {
+	t.Parallel()
+	const pods = 50
+	n := start(t, setup{cni: "bridge", manifests: map[string]string{
+		"client.yaml": podManifest("default", "client", "role: client"),
+		"policy.yaml": policyManifest("default", "p", "{podSelector: {matchExpressions: [{key: role, operator: DoesNotExist}]}, ingress: [{from: [{podSelector: {matchLabels: {role: client}}}]}]}"),
+	}})
+	ruleset := func() string {
+		t.Helper()
+		out, err := n.Host.Run(t.Context(), "nft", "--stateless", "list", "ruleset")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return out
+	}
+	before := ruleset()
+	client := add(t, n, "default", "client")
+	added := make([]*testnet.Pod, pods)
+	each := func(f func(i int) error) {
+		t.Helper()
+		var all sync.WaitGroup
+		errs := make([]error, pods)
+		for i := range pods {
+			all.Go(func() { errs[i] = f(i) })
+		}
+		all.Wait()
+		if err := errors.Join(errs...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	each(func(i int) error {
+		var err error
+		added[i], err = n.AddPod(t.Context(), "default", fmt.Sprintf("p%d", i), "", testnet.TCP(80))
+		return err
+	})
+	var m testnet.Matrix
+	for i, pod := range added {
+		m = append(m, cell("client", pod.PodName, true), cell(pod.PodName, added[(i+1)%pods].PodName, false))
+	}
+	judge(t, n, m)
+	each(func(i int) error { return n.DeletePod(t.Context(), added[i]) })
+	if err := n.DeletePod(t.Context(), client); err != nil {
+		t.Fatal(err)
+	}
+	pollWithin(t, sweepTimeout, "the ruleset is what it was", func() bool { return ruleset() == before })
+	left, err := os.ReadDir(filepath.Join(n.StateDir(), "attachments"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		t.Fatal(err)
+	}
+	if len(left) > 0 {
+		t.Errorf("registrations are left: %v", left)
+	}
+}
+
+// TestChangesUnderTraffic holds that a change is never seen half done: what is allowed before and after it loses no packet, and
+// what is denied before and after it gets none through.
+func TestChangesUnderTraffic(t *testing.T) {
+	t.Parallel()
+	for _, cni := range mainCNIs {
+		t.Run(cni, func(t *testing.T) {
+			t.Parallel()
+			allow := func(roles string) string {
+				return policyManifest("default", "p", "{podSelector: {matchLabels: {app: server}}, ingress: [{from: [{podSelector: {matchExpressions: [{key: role, operator: In, values: ["+roles+"]}]}}], ports: [{protocol: UDP, port: 80}]}]}")
+			}
+			client := func(labels string) string { return podManifest("default", "client", labels) }
+			n := start(t, setup{cni: cni, manifests: map[string]string{
+				"client.yaml": client("role: client"),
+				"pods.yaml":   podManifest("default", "guest", "role: guest") + podManifest("default", "server", "app: server"),
+				"policy.yaml": allow("client"),
+			}})
+			from, guest := add(t, n, "default", "client"), add(t, n, "default", "guest")
+			server := add(t, n, "default", "server", testnet.UDP(80))
+			address := netip.AddrPortFrom(server.Addrs[testnet.IPv4], 80)
+			received := openTap(t, server.Host)
+			const marker = "from the guest"
+			stream(t, guest.Host, address, marker)
+
+			done := make(chan struct{})
+			var flows, lost int
+			var sender sync.WaitGroup
+			sender.Go(func() {
+				for {
+					select {
+					case <-done:
+						return
+					case <-time.After(time.Millisecond):
+					}
+					flows++
+					if err := newFlow(from.Host, address); err != nil {
+						lost++
+						t.Log(err)
+					}
+				}
+			})
+			changes := 0
+			for deadline := time.Now().Add(6 * time.Second); time.Now().Before(deadline); changes++ {
+				var err error
+				switch changes % 5 {
+				case 0:
+					err = n.WriteManifest("policy.yaml", allow(fmt.Sprintf("client, other%d", changes)))
+				case 1:
+					err = n.WriteManifest("extra.yaml", policyManifest("default", fmt.Sprintf("extra%d", changes), "{podSelector: {matchLabels: {app: server}}, policyTypes: [Ingress, Egress], egress: [{}], ingress: [{from: [{podSelector: {matchLabels: {role: other}}}]}]}"))
+				case 2:
+					err = n.WriteManifest("client.yaml", client(fmt.Sprintf("role: client, version: v%d", changes)))
+				case 3:
+					err = n.WriteManifest("extra.yaml", "# nothing\n")
+				case 4:
+					err = n.WriteManifest("policy.yaml", allow("client"))
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(60 * time.Millisecond)
+				if received.has(t, marker) {
+					t.Fatalf("a datagram of the guest arrived around change %d", changes)
+				}
+			}
+			close(done)
+			sender.Wait()
+			t.Logf("%d changes, %d flows, %d lost", changes, flows, lost)
+			if flows < 100 || lost > 0 {
+				t.Errorf("%d of %d allowed flows were lost, want none of at least 100", lost, flows)
+			}
+			if err := n.WriteManifest("policy.yaml", allow("client, guest")); err != nil {
+				t.Fatal(err)
+			}
+			poll(t, "the guest's datagrams arrive when they are allowed", func() bool { return received.has(t, marker) })
+		})
+	}
+}
+
+// newFlow sends one datagram from a fresh socket and waits for its echo.
+func newFlow(from *testnet.Host, to netip.AddrPort) error {
+	var conn net.Conn
+	err := from.In(func() error {
+		var err error
+		conn, err = net.Dial("udp", to.String())
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	return testnet.Exchange(conn, "one", 2*time.Second)
+}
