@@ -17,7 +17,7 @@ LINT := go tool -modfile=tools/go.mod golangci-lint
 
 .PHONY: help
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: build
 build: $(PROGRAMS:%=bin/%) ## build the programs, static, into bin/
@@ -85,3 +85,5 @@ verify: ## what must hold before a commit: formatted, tidy, vetted, imports in t
 .PHONY: clean
 clean: ## remove bin/
 	rm -rf bin
+
+include tests/cluster/cluster.mk
