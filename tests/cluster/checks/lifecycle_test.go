@@ -564,7 +564,7 @@ func apiServerStopped(t *testing.T, c *cluster) {
 	c.figure(t, "away for %.0f s: %s", gone.Seconds(), report)
 	c.figure(t, "back: a policy is accepted after %.1f s, the server's service address answers on both nodes after %.1f s (kube-proxy), the policy is enforced on both after %.1f s",
 		created.Sub(back).Seconds(), service.Seconds(), enforced.Seconds())
-	if late := enforced - max(service, created.Sub(back)); late > 15*time.Second {
+	if late := enforced - max(service, created.Sub(back)); late > 30*time.Second {
 		t.Errorf("podwall needed %v after it could reach the API server again", late)
 	}
 	eventually(t, time.Minute, "podwall to be ready", func() error {
