@@ -110,6 +110,37 @@ func TestLink(t *testing.T) {
 	}
 }
 
+// TestAdopted holds that an isolated pod whose host veth is not known reaches itself through its own Service, and that nobody
+// else does so by its address.
+func TestAdopted(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name, device, iif string
+		want              ruleset.VerdictKind
+	}{
+		{"itself", "veth0", "veth0", ruleset.Accept},
+		{"somebody outside with its address", "veth0", "eth0", ruleset.Drop},
+		{"without a route to it", "", "veth0", ruleset.Drop},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			in := linkInput("", true, false)
+			in.Endpoints[0].Link, in.Endpoints[0].Device = "", tt.device
+			for _, ip := range []netip.Addr{own4, own6} {
+				r, err := Render(in).Ruleset.Trace("forward", ruleset.Packet{
+					IIFName: tt.iif, Src: ip, Dst: ip, Proto: ruleset.ProtoUDP, Sport: 1, Dport: 80, HopLimit: 64, CT: ruleset.New,
+				})
+				if err != nil {
+					t.Fatal(err)
+				}
+				if r.Verdict != tt.want {
+					t.Errorf("%s: verdict %v, want %v; steps: %v", ip, r.Verdict, tt.want, r.Steps)
+				}
+			}
+		})
+	}
+}
+
 // TestEvicted holds that an endpoint whose addresses were taken by a newer one cannot send at all.
 func TestEvicted(t *testing.T) {
 	t.Parallel()

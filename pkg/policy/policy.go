@@ -24,6 +24,9 @@ type Endpoint struct {
 	Link string
 	// Bridge is the bridge that Link is a port of, or empty when the link is routed.
 	Bridge string
+	// Device is the interface that the node's routes to the pod lead through, for a pod whose Link is not known. Without either
+	// a packet from the pod to itself cannot be told from one that pretends to be.
+	Device string
 }
 
 // Options are the choices of docs/semantics.md.

@@ -102,7 +102,7 @@ func load(t *testing.T, archive *txtar.Archive) *scenario {
 		case "bridge":
 			e.Bridge = "br0"
 		case "adopted":
-			e.Link = ""
+			e.Link, e.Device = "", e.Link
 		}
 		if slices.Contains(closed, name) {
 			e.Pod = nil

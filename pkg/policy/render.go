@@ -146,10 +146,11 @@ func (r *renderer) hairpin(e *Endpoint, prefix string) []ruleset.Rule {
 		if prefix == prefixEgress {
 			match = append(match, ruleset.Address(daddr(ip), ip))
 		} else {
-			if iif := cmp.Or(e.Bridge, e.Link); iif != "" {
-				match = append(match, ruleset.Cmp{Field: ruleset.IIFName, Value: iif})
+			iif := cmp.Or(e.Bridge, e.Link, e.Device)
+			if iif == "" {
+				continue
 			}
-			match = append(match, ruleset.Address(saddr(ip), ip))
+			match = append(match, ruleset.Cmp{Field: ruleset.IIFName, Value: iif}, ruleset.Address(saddr(ip), ip))
 		}
 		rules = append(rules, ruleset.NewRule(append(match, accept)...))
 	}

@@ -223,10 +223,20 @@ func (l *Loop) adopt(in policy.Input, owners map[netip.Addr]attach.Key, attached
 			taken[ip] = true
 		}
 		if len(e.IPs) > 0 {
+			e.Device = l.toward(e.IPs[0])
 			in.Endpoints = append(in.Endpoints, e)
 		}
 	}
 	return in
+}
+
+// toward returns the link to an adopted pod. The pod may not reach itself through its own Service as long as it is not known.
+func (l *Loop) toward(ip netip.Addr) string {
+	device, err := l.cfg.Links.Toward(ip)
+	if err != nil {
+		l.cfg.Log.Warn("the link of a pod that never passed through the plugin is not known: it cannot reach itself through a Service", "ip", ip, "error", err)
+	}
+	return device
 }
 
 func (l *Loop) sortedStates() []*state {

@@ -34,6 +34,8 @@ type Links interface {
 	Lookup(h attach.HostLink) (registry.Link, error)
 	ShowBridged(bridge string) error
 	Index(name string) (int, error) // 0 if there is no such link
+	// Toward returns the name of the link that an address is directly behind, empty if there is none.
+	Toward(ip netip.Addr) (string, error)
 }
 
 // Config says how pods are identified and what the loop works with.

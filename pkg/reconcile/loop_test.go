@@ -51,6 +51,8 @@ func (w *world) Lookup(h attach.HostLink) (registry.Link, error) {
 	return registry.Link{Exists: !w.gone[h.Name], Bridge: map[bool]string{true: "br0"}[h.Name == "port"]}, nil
 }
 
+func (w *world) Toward(netip.Addr) (string, error) { return "br0", nil }
+
 func (w *world) Index(name string) (int, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()

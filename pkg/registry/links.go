@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"strings"
 
@@ -58,6 +59,26 @@ func (Links) Index(name string) (int, error) {
 		return 0, fmt.Errorf("look up host link %s: %w", name, err)
 	}
 	return l.Attrs().Index, nil
+}
+
+// Toward returns the name of the link that an address is directly behind, or an empty name if there is none: what a gateway is
+// in between of is not a pod of this node.
+func (Links) Toward(ip netip.Addr) (string, error) {
+	routes, err := netlink.RouteGet(ip.AsSlice())
+	if errors.Is(err, unix.ENETUNREACH) || errors.Is(err, unix.EHOSTUNREACH) {
+		return "", nil
+	}
+	if err != nil {
+		return "", fmt.Errorf("look up the route to %s: %w", ip, err)
+	}
+	if len(routes) != 1 || routes[0].Gw != nil {
+		return "", nil
+	}
+	l, err := netlink.LinkByIndex(routes[0].LinkIndex)
+	if err != nil {
+		return "", fmt.Errorf("look up the link to %s: %w", ip, err)
+	}
+	return l.Attrs().Name, nil
 }
 
 // callBridge are the sysctls that make br_netfilter show bridged packets to the inet hooks, for all bridges of the namespace,

@@ -2,6 +2,8 @@ package registry
 
 import (
 	"context"
+	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"runtime"
@@ -81,6 +83,35 @@ func TestLookup(t *testing.T) {
 	look(Link{})
 	if i, err := (Links{}).Index("nobody"); err != nil || i != 0 {
 		t.Errorf("Index of nobody: %d, %v", i, err)
+	}
+}
+
+// TestToward holds which link a pod is directly behind: nobody is behind a gateway.
+func TestToward(t *testing.T) {
+	t.Parallel()
+	inNetNS(t)
+	veth := addVeth(t)
+	must(t, netlink.LinkSetUp(veth))
+	peer, err := netlink.LinkByName("veth0p")
+	must(t, err)
+	must(t, netlink.LinkSetUp(peer))
+	addr, err := netlink.ParseAddr("10.0.0.1/24")
+	must(t, err)
+	must(t, netlink.AddrAdd(veth, addr))
+	route := func(cidr, gateway string) {
+		t.Helper()
+		_, dst, err := net.ParseCIDR(cidr)
+		must(t, err)
+		must(t, netlink.RouteAdd(&netlink.Route{LinkIndex: veth.Attrs().Index, Dst: dst, Gw: net.ParseIP(gateway)}))
+	}
+	route("10.1.0.5/32", "")
+	route("10.2.0.0/16", "10.0.0.9")
+	route("fd00::5/128", "")
+	for ip, want := range map[string]string{"10.0.0.2": "veth0", "10.1.0.5": "veth0", "fd00::5": "veth0", "10.2.0.1": "", "192.0.2.1": "", "fd00::6": ""} {
+		got, err := Links{}.Toward(netip.MustParseAddr(ip))
+		if err != nil || got != want {
+			t.Errorf("%s is behind %q (%v), want %q", ip, got, err, want)
+		}
 	}
 }
 
