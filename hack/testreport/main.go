@@ -1,5 +1,5 @@
 // Command testreport turns `go test -json` into what a person or a CI wants to read: go test's line per package, the output of what
-// failed, and one closing line with counts, coverage and time.
+// failed, what tests report by testing.T.Attr (seeds, figures), and one closing line with counts, coverage and time.
 package main
 
 import (
@@ -55,7 +55,7 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 
 // event is a line of `go test -json` (go doc test2json).
 type event struct {
-	Action, Package, ImportPath, Test, Output string
+	Action, Package, ImportPath, Test, Output, Key, Value string
 }
 
 // id names a test, or with an empty test a package.
@@ -81,6 +81,8 @@ func (r *report) add(e event) {
 		r.running[key] = true
 	case "pause": // waits for its turn to run in parallel
 		delete(r.running, key)
+	case "attr":
+		fmt.Fprintf(r.out, "    %s %s: %s\n", e.Test, e.Key, e.Value)
 	case "output":
 		r.output[key] += e.Output
 	case "build-output":

@@ -13,6 +13,7 @@ func TestRun(t *testing.T) {
 	t.Parallel()
 	const okay = `{"Action":"run","Package":"m/a","Test":"TestA"}
 {"Action":"output","Package":"m/a","Test":"TestA","Output":"chatter\n"}
+{"Action":"attr","Package":"m/a","Test":"TestA","Key":"seed","Value":"7"}
 {"Action":"run","Package":"m/a","Test":"TestA/sub"}
 {"Action":"pass","Package":"m/a","Test":"TestA/sub"}
 {"Action":"pass","Package":"m/a","Test":"TestA"}
@@ -32,15 +33,15 @@ func TestRun(t *testing.T) {
 	}{
 		{
 			name: "all well", args: []string{"-cover", "m/a=90"}, in: okay,
-			want: "ok  \tm/a\t0.1s\tcoverage: 91.5% of statements\nPASS: 1 packages, 1 tests and 1 subtests passed, 0 failed, 0 skipped, 0 builds failed in 0s; coverage a 91.5%\n",
+			want: "    TestA seed: 7\nok  \tm/a\t0.1s\tcoverage: 91.5% of statements\nPASS: 1 packages, 1 tests and 1 subtests passed, 0 failed, 0 skipped, 0 builds failed in 0s; coverage a 91.5%\n",
 		},
 		{
 			name: "covered too little", args: []string{"-cover", "m/a=92"}, in: okay, code: 1,
-			want: "ok  \tm/a\t0.1s\tcoverage: 91.5% of statements\ncoverage of m/a is 91.5%, it must be at least 92%\nFAIL: 1 packages, 1 tests and 1 subtests passed, 0 failed, 0 skipped, 0 builds failed in 0s; coverage a 91.5%\n",
+			want: "    TestA seed: 7\nok  \tm/a\t0.1s\tcoverage: 91.5% of statements\ncoverage of m/a is 91.5%, it must be at least 92%\nFAIL: 1 packages, 1 tests and 1 subtests passed, 0 failed, 0 skipped, 0 builds failed in 0s; coverage a 91.5%\n",
 		},
 		{
 			name: "not covered at all", args: []string{"-cover", "m/b=90"}, in: okay, code: 1,
-			want: "ok  \tm/a\t0.1s\tcoverage: 91.5% of statements\nno coverage of m/b was reported\nFAIL: 1 packages, 1 tests and 1 subtests passed, 0 failed, 0 skipped, 0 builds failed in 0s; coverage b 0.0%\n",
+			want: "    TestA seed: 7\nok  \tm/a\t0.1s\tcoverage: 91.5% of statements\nno coverage of m/b was reported\nFAIL: 1 packages, 1 tests and 1 subtests passed, 0 failed, 0 skipped, 0 builds failed in 0s; coverage b 0.0%\n",
 		},
 		{
 			name: "failure and skip", code: 1,
