@@ -268,9 +268,13 @@ var (
 // product renders ports AND peers as rules: every way to match the ports with every way to match the peers. The port comes
 // first, it is the cheaper one to look at.
 func (r *renderer) product(rule *rule, ports []portRange, fields fieldPair) []ruleset.Rule {
+	alternatives := r.portMatches(rule, ports)
+	if len(alternatives) == 0 {
+		return nil // named ports only: the sets of the peers' addresses would be for nobody
+	}
 	var rules []ruleset.Rule
 	peers := r.peerMatches(rule, fields)
-	for _, port := range r.portMatches(rule, ports) {
+	for _, port := range alternatives {
 		for _, peer := range peers {
 			rules = append(rules, ruleset.NewRule(slices.Concat(port, peer, []ruleset.Expr{accept})...))
 		}
