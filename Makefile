@@ -8,6 +8,9 @@ export PATH := $(PATH):/usr/sbin:/sbin
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LDFLAGS := -s -w -X main.version=$(VERSION)
 FUZZTIME ?= 30s
+VERDICTS ?= 3000000
+MEMORY_STEPS ?= 100000
+KERNEL_STEPS ?= 5000
 GO_BUILD := CGO_ENABLED=0 go build -trimpath
 
 PROGRAMS := podwall podwalld $(if $(wildcard install/*.go),podwall-install)
@@ -51,12 +54,14 @@ demo: root deps build tools ## who reaches whom, for every example: builds a nod
 	bin/podwall-demo
 
 .PHONY: test
-test: root deps build tools ## all tests but the cluster's: vet, unit (race detector), kernel, end to end (as root)
+test: root deps build tools ## all tests but the cluster's: vet, unit (race detector), kernel, end to end, oracle (as root)
 	go vet ./...
+	go -C tests/oracle vet ./...
 	go build -o bin/testreport ./hack/testreport
 	{ failed=0; \
 	  go test -json -count=1 -timeout 10m -race -cover $$(go list ./... | grep -v /tests/e2e) || failed=1; \
 	  PODWALL_E2E_BIN=$(CURDIR)/bin go test -json -count=1 -timeout 10m $(E2E) || failed=1; \
+	  go -C tests/oracle test -json -count=1 -timeout 10m ./... || failed=1; \
 	  exit $$failed; } | bin/testreport -cover $(MODULE)/pkg/policy=90 -cover $(MODULE)/pkg/ruleset=90
 
 .PHONY: test-race
@@ -67,19 +72,29 @@ test-race: root deps build tools ## all of that with the race detector, in the d
 	GORACE=halt_on_error=1 PODWALL_E2E_BIN=$(CURDIR)/bin/race go test -race -count=1 -timeout 20m ./...
 
 .PHONY: fuzz
-fuzz: ## every fuzz target for FUZZTIME (30s)
+fuzz: root deps ## millions of random verdicts, in memory and in the kernel, against the oracle; every fuzz target for FUZZTIME (as root)
+	go -C tests/oracle test -count=1 -timeout 60m -v -run 'TestVerdicts|TestSequences' ./memory -verdicts $(VERDICTS) -steps $(MEMORY_STEPS)
+	go -C tests/oracle test -count=1 -timeout 60m -v -run 'TestKernelAgreesWithOracle|TestUpdateSequences' ./kernel -kernel-verdicts $(VERDICTS) -kernel-steps $(KERNEL_STEPS)
+	go -C tests/oracle test -count=1 -timeout 60m -v -run TestEngines ./engines -engine-verdicts $(VERDICTS)
 	hack/fuzz.sh $(FUZZTIME)
+
+.PHONY: mutants
+mutants: ## build podwall wrong in every way that is listed, one at a time; the oracle's tests must see each
+	go -C tests/oracle run ./mutants
 
 .PHONY: lint
 lint: ## golangci-lint, from a module of its own (the first run builds it: minutes)
 	$(LINT) run ./...
+	cd tests/oracle && go tool -modfile=$(CURDIR)/tools/go.mod golangci-lint run --config $(CURDIR)/.golangci.yml ./...
 
 .PHONY: verify
 verify: ## what must hold before a commit: formatted, tidy, vetted, imports in the right direction
 	@unformatted=$$(gofmt -l .); \
 	if [[ -n $$unformatted ]]; then echo "run gofmt -w on:" $$unformatted >&2; exit 1; fi
 	go mod tidy -diff
+	go -C tests/oracle mod tidy -diff
 	go vet ./...
+	go -C tests/oracle vet ./...
 	go test -count=1 ./tests
 
 .PHONY: clean
