@@ -10,6 +10,7 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 FUZZTIME ?= 30s
 VERDICTS ?= 3000000
 MEMORY_STEPS ?= 100000
+ENGINE_VERDICTS ?= 1000000
 KERNEL_STEPS ?= 5000
 GO_BUILD := CGO_ENABLED=0 go build -trimpath
 
@@ -75,7 +76,7 @@ test-race: root deps build tools ## all of that with the race detector, in the d
 fuzz: root deps ## millions of random verdicts, in memory and in the kernel, against the oracle; every fuzz target for FUZZTIME (as root)
 	go -C tests/oracle test -count=1 -timeout 60m -v -run 'TestVerdicts|TestSequences' ./memory -verdicts $(VERDICTS) -steps $(MEMORY_STEPS)
 	go -C tests/oracle test -count=1 -timeout 60m -v -run 'TestKernelAgreesWithOracle|TestUpdateSequences' ./kernel -kernel-verdicts $(VERDICTS) -kernel-steps $(KERNEL_STEPS)
-	go -C tests/oracle test -count=1 -timeout 60m -v -run TestEngines ./engines -engine-verdicts $(VERDICTS)
+	go -C tests/oracle test -count=1 -timeout 60m -v -run TestEngines ./engines -engine-verdicts $(ENGINE_VERDICTS)
 	hack/fuzz.sh $(FUZZTIME)
 
 .PHONY: mutants

@@ -65,20 +65,23 @@ func (m *maker) unreadable() *networkingv1.IPBlock {
 	return &networkingv1.IPBlock{CIDR: bad}
 }
 
-// manyBlocks draws more ranges than podwall writes as rules: every other address from a place's on, as blocks of their own or
-// as excepts of one. Few places, so that two such lists often begin alike.
+// manyBlocks draws more ranges than podwall writes as rules: every second or third address from a place's on, as blocks of
+// their own or as excepts of one. Few places, so that two such lists often begin alike.
 func (m *maker) manyBlocks() []networkingv1.NetworkPolicyPeer {
-	ip := layout.Places[pick(m, []int{0, 1, 4})].IPs[m.between(0, 1)]
-	whole := &networkingv1.IPBlock{CIDR: "10.0.0.0/8"}
-	if ip.Is6() {
-		whole.CIDR = "fd00::/8"
+	place, family := pick(m, []int{0, 0, 4}), 0
+	if m.oneIn(3) {
+		family = 1
 	}
+	ip, whole := layout.Places[place].IPs[family], &networkingv1.IPBlock{CIDR: []string{"10.0.0.0/8", "fd00::/8"}[family]}
 	var single []networkingv1.NetworkPolicyPeer
+	step := m.between(2, 3)
 	for range m.between(17, 20) {
 		text := netip.PrefixFrom(ip, ip.BitLen()).String()
 		whole.Except = append(whole.Except, text)
 		single = append(single, networkingv1.NetworkPolicyPeer{IPBlock: &networkingv1.IPBlock{CIDR: text}})
-		ip = ip.Next().Next()
+		for range step {
+			ip = ip.Next()
+		}
 	}
 	if m.oneIn(2) {
 		return single

@@ -58,11 +58,12 @@ const (
 	everything theme = iota
 	aboutSelectors
 	aboutBlocks
+	aboutManyBlocks
 	aboutNumbers
 	aboutNames
 )
 
-var themes = slices.Concat([]theme{everything}, slices.Repeat([]theme{aboutNumbers, aboutSelectors, aboutBlocks, aboutNames}, 3), []theme{aboutBlocks, aboutNumbers, aboutNames, aboutNumbers})
+var themes = slices.Concat([]theme{everything}, slices.Repeat([]theme{aboutNumbers, aboutSelectors, aboutBlocks, aboutNames}, 3), []theme{aboutBlocks, aboutManyBlocks, aboutNumbers, aboutNames, aboutNumbers})
 
 func (m *maker) peers(about theme) []networkingv1.NetworkPolicyPeer {
 	shape := m.between(0, 15)
@@ -73,7 +74,7 @@ func (m *maker) peers(about theme) []networkingv1.NetworkPolicyPeer {
 		return []networkingv1.NetworkPolicyPeer{}
 	case about >= aboutNumbers && shape < 14:
 		return nil
-	case shape == 2 && about != aboutSelectors, shape == 3 && about == aboutBlocks:
+	case about == aboutManyBlocks, shape == 2 && about != aboutSelectors:
 		return m.manyBlocks()
 	}
 	var peers []networkingv1.NetworkPolicyPeer
@@ -143,7 +144,7 @@ var (
 func (m *maker) ports(about theme) []networkingv1.NetworkPolicyPort {
 	shape := m.between(0, 7)
 	switch {
-	case (about == aboutSelectors || about == aboutBlocks) && shape < 7:
+	case aboutSelectors <= about && about <= aboutManyBlocks && shape < 7:
 		return nil
 	case about != aboutNames && shape == 0:
 		return []networkingv1.NetworkPolicyPort{}

@@ -2,6 +2,7 @@ package memory
 
 import (
 	"context"
+	"flag"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -32,6 +33,7 @@ func TestSequences(t *testing.T) {
 	began := time.Now()
 	t.Cleanup(func() {
 		t.Logf("changes: %d, transactions: %d, verdicts: %d, violations: %d, time: %v", total.changes, total.transactions, total.verdicts, min(1, violations), time.Since(began).Round(time.Millisecond))
+		t.Attr("followed", fmt.Sprintf("%d changes, %d verdicts, %d violations, -rapid.seed=%s", total.changes, total.verdicts, min(1, violations), flag.Lookup("rapid.seed").Value))
 	})
 	rapid.Check(t, func(t *rapid.T) {
 		if total.changes >= *steps && violations == 0 {
@@ -307,7 +309,7 @@ func (w *watch) look() error {
 			return err
 		}
 		fresh := w.isFresh(conn.Src) || w.isFresh(conn.Dst)
-		may := w.after[i] || w.before[i] && !(fresh && w.closed)
+		may := w.after[i] || w.before[i] && (!fresh || !w.closed)
 		must := w.after[i] && w.before[i] && !fresh
 		if got && !may || !got && must {
 			return fmt.Errorf("%+v: allowed=%v, oracle: %v before and %v after", conn, got, w.before[i], w.after[i])

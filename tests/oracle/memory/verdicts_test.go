@@ -55,6 +55,7 @@ func TestVerdicts(t *testing.T) {
 	mismatches := 0
 	t.Cleanup(func() {
 		t.Logf("%smismatches: %d, time: %v", &r, min(1, mismatches), time.Since(began).Round(time.Millisecond))
+		t.Attr("compared", fmt.Sprintf("%d verdicts, %.1f %% allowed, %d mismatches, -rapid.seed=%s", r.total.all, r.total.percent(), min(1, mismatches), flag.Lookup("rapid.seed").Value))
 	})
 	rapid.Check(t, func(t *rapid.T) {
 		if r.total.all >= *verdicts && mismatches == 0 {
