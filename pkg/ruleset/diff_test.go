@@ -182,6 +182,18 @@ func TestDiff(t *testing.T) {
 			apply: []string{"flush chain f", "delete chain f", "add chain f", "add rule f"},
 		},
 		{
+			name:  "base chain becomes a regular one",
+			from:  inet(base("f", 0, "", accept)),
+			to:    inet(chain("f", accept)),
+			apply: []string{"flush chain f", "delete chain f", "add chain f", "add rule f"},
+		},
+		{
+			name:  "regular chain becomes a base chain",
+			from:  inet(chain("f", accept)),
+			to:    inet(base("f", 0, "", accept)),
+			apply: []string{"flush chain f", "delete chain f", "add chain f", "add rule f"},
+		},
+		{
 			name:    "chain of a device that goes",
 			from:    inet(base("ve_1", -300, "veth1", drop), base("ve_2", -300, "veth2", drop), base("f", 0, "")),
 			to:      inet(base("f", 0, "")),
@@ -234,6 +246,9 @@ func TestDiff(t *testing.T) {
 			if want := len(tt.prepare)+len(tt.apply)+len(tt.cleanup) == 0; d.Empty() != want {
 				t.Errorf("Empty() = %v, want %v", d.Empty(), want)
 			}
+			if want := min(1, len(tt.prepare)) + min(1, len(tt.apply)) + len(tt.cleanup); d.Transactions() != want {
+				t.Errorf("Transactions() = %d, want %d", d.Transactions(), want)
+			}
 		})
 	}
 }
@@ -249,6 +264,17 @@ func TestDiffTrustsPointers(t *testing.T) {
 	table := inet(unreadable)[0]
 	if d := Diff(Ruleset{table}, Ruleset{table}); !d.Empty() {
 		t.Errorf("shared table: %v", printOps(d.Apply))
+	}
+
+	// What is shared hides nothing of what comes behind it.
+	d := Diff(Ruleset{table, NewTable(netdevTable)}, Ruleset{table, {ID: netdevTable, Chains: map[string]*Chain{"new": {Name: "new"}}}})
+	if diff := cmp.Diff([]string{"add chain netdev podwall new"}, printOps(d.Apply)); diff != "" {
+		t.Errorf("behind a shared table (-want +got):\n%s", diff)
+	}
+	shared := withAddrs(set("a", IPv4Addr), "10.0.0.1")
+	d = Diff(inet(shared, set("b", IPv4Addr)), inet(shared, withAddrs(set("b", IPv4Addr), "10.0.0.2")))
+	if diff := cmp.Diff([]string{"add element b { 10.0.0.2 }"}, printOps(d.Apply)); diff != "" {
+		t.Errorf("behind a shared set (-want +got):\n%s", diff)
 	}
 }
 

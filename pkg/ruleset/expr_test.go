@@ -36,6 +36,7 @@ var exprs = []struct {
 	{"ports", NewRule(Equal(L4Proto, ProtoTCP), Between16(Dport, 8000, 8090)), `tcp dport 8000-8090`},
 	{"port away from its protocol", NewRule(Equal(L4Proto, ProtoUDP), Counter{}, Equal16(Dport, 53)), `meta l4proto udp counter th dport 53`},
 	{"port behind another protocol", NewRule(Not(Equal(L4Proto, ProtoTCP)), Equal16(Dport, 53)), `meta l4proto != tcp th dport 53`},
+	{"port behind an address that begins with tcp's number", NewRule(Address(IPSaddr, netip.MustParseAddr("6.0.0.1")), Equal16(Dport, 53)), `ip saddr 6.0.0.1 th dport 53`},
 	{"two ports", NewRule(Equal(L4Proto, ProtoUDP), Equal16(Sport, 68), Equal16(Dport, 67)), `udp sport 68 th dport 67`},
 	{"match before protocol", NewRule(Equal(IP6HopLimit, 1), Equal(L4Proto, ProtoTCP), Equal16(Dport, 80), To(Jump, "pi")), `ip6 hoplimit 1 tcp dport 80 jump pi`},
 	{"prefix", NewRule(Prefix{Field: IPSaddr, Prefix: netip.MustParsePrefix("10.1.2.3/8")}), `ip saddr 10.0.0.0/8`},

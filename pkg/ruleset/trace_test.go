@@ -72,6 +72,7 @@ func TestTraceMatch(t *testing.T) {
 		{"not IPv6 source of IPv4", Not(Address(IP6Saddr, addr("fd00::1"))), tcp4, false},
 		{"not IPv4 source of IPv6", Not(Address(IPSaddr, addr("10.0.0.1"))), icmp6, false},
 		{"not IPv4 source of ARP", Not(Address(IPSaddr, addr("10.0.0.9"))), with(arp, func(p *Packet) { p.Src, p.Dst = tcp4.Src, tcp4.Dst }), false},
+		{"not IPv6 source of ARP", Not(Address(IP6Saddr, addr("fd00::9"))), with(arp, func(p *Packet) { p.Src, p.Dst = icmp6.Src, icmp6.Dst }), false},
 		{"hop limit", Equal(IP6HopLimit, 255), icmp6, true},
 		{"hop limit of IPv4", Not(Equal(IP6HopLimit, 255)), tcp4, false},
 		{"ICMPv6 type", Equal(ICMPv6Type, 135), icmp6, true},
@@ -153,6 +154,7 @@ func TestTracePath(t *testing.T) {
 		{name: "no table", want: Accept},
 		{name: "another hook", ruleset: inet(hooked("input", 0, "", end(drop))), want: Accept},
 		{name: "policy accept", ruleset: inet(base("f", 0, "", count)), want: Accept, steps: []string{"f: counter"}},
+		{name: "rule that says nothing", ruleset: inet(base("f", 0, "", NewRule())), want: Accept, steps: []string{"f: "}},
 		{
 			name:    "accept ends only its own base chain",
 			ruleset: inet(base("z", -1, "", end(accept), end(drop)), base("a", 0, "", end(drop))),

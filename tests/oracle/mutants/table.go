@@ -1,0 +1,440 @@
+package main
+
+// mutant is a wrong variant of the product: one file with pieces of its text replaced.
+type mutant struct {
+	name   string
+	breaks string
+	file   string // of the repository
+	edits  []edit
+}
+
+// edit replaces a text that occurs exactly once.
+type edit struct{ old, new string }
+
+const (
+	compileGo = "pkg/policy/compile.go"
+	peersGo   = "pkg/policy/peers.go"
+	renderGo  = "pkg/policy/render.go"
+	baseGo    = "pkg/policy/base.go"
+	linkGo    = "pkg/policy/link.go"
+	diffGo    = "pkg/ruleset/diff.go"
+	exprGo    = "pkg/ruleset/expr.go"
+	rulesetGo = "pkg/ruleset/ruleset.go"
+	convertGo = "pkg/cluster/convert.go"
+)
+
+var mutants = []mutant{
+	// Selection and defaulting.
+	{
+		"policy-types-empty-as-none", "policyTypes: [] isolates nothing, absent is defaulted", compileGo,
+		[]edit{{"if len(spec.PolicyTypes) == 0 {", "if spec.PolicyTypes == nil {"}},
+	},
+	{
+		"policy-types-no-egress", "absent policyTypes with egress rules do not isolate egress", compileGo,
+		[]edit{{"return true, len(spec.Egress) > 0", "return true, false"}},
+	},
+	{
+		"policy-types-egress-only", "absent policyTypes with egress rules only do not isolate ingress", compileGo,
+		[]edit{{"return true, len(spec.Egress) > 0", "return len(spec.Ingress) > 0 || len(spec.Egress) == 0, len(spec.Egress) > 0"}},
+	},
+	{
+		"policy-types-unlisted", "rules of a type that policyTypes does not list isolate and are applied", compileGo,
+		[]edit{{"return ingress, egress\n", "return ingress || len(spec.Ingress) > 0, egress || len(spec.Egress) > 0\n"}},
+	},
+	{
+		"no-rules-no-isolation", "a policy without ingress rules isolates nobody", renderGo,
+		[]edit{{"if c.ingress != nil {", "if c.ingress != nil && len(c.ingress.rules) > 0 {"}},
+	},
+	{
+		"subject-all-namespaces", "a policy selects pods of every namespace", renderGo,
+		[]edit{{
+			"for _, c := range r.policies[e.Pod.Namespace] {",
+			"var all []*compiled\n\tfor _, list := range r.policies {\n\t\tall = append(all, list...)\n\t}\n\tfor _, c := range all {",
+		}},
+	},
+	{
+		"subject-everybody", "spec.podSelector is not looked at", renderGo,
+		[]edit{{"if !c.subject.Matches(labels.Set(e.Pod.Labels)) {", "if !labels.Everything().Matches(labels.Set(e.Pod.Labels)) {"}},
+	},
+	{
+		"first-policy-only", "of several policies that select a pod the first one counts", renderGo,
+		[]edit{{"for _, p := range policies {", "for _, p := range policies[:1] {"}},
+	},
+	{
+		"first-rule-only", "of several rules the first one counts", renderGo,
+		[]edit{{"for i := range d.rules {", "for i := range min(1, len(d.rules)) {"}},
+	},
+
+	// Peers and selectors.
+	{
+		"and-as-or", "namespaceSelector and podSelector in one peer are two peers", compileGo,
+		[]edit{{
+			"r.pods = append(r.pods, peer)",
+			"if p.PodSelector != nil && p.NamespaceSelector != nil {\n\t\t\tr.pods = append(r.pods, podPeer{namespaces: peer.namespaces, pods: labels.Everything()}, podPeer{namespace: c.namespace, pods: peer.pods})\n\t\t\treturn\n\t\t}\n\t\tr.pods = append(r.pods, peer)",
+		}},
+	},
+	{
+		"or-as-and", "two selector peers of one rule must both match", compileGo,
+		[]edit{{
+			"r.pods = append(r.pods, peer)",
+			"if n := len(r.pods); n > 0 {\n\t\t\treqs, _ := peer.pods.Requirements()\n\t\t\tr.pods[n-1].pods = r.pods[n-1].pods.Add(reqs...)\n\t\t\treturn\n\t\t}\n\t\tr.pods = append(r.pods, peer)",
+		}},
+	},
+	{
+		"pod-selector-all-namespaces", "a peer without namespaceSelector selects pods of every namespace", compileGo,
+		[]edit{{"peer.namespace = c.namespace", "peer.namespaces = labels.Everything()"}},
+	},
+	{
+		"namespace-selector-empty", "namespaceSelector: {} is the policy's own namespace", compileGo,
+		[]edit{{"if p.NamespaceSelector == nil {", "if p.NamespaceSelector == nil || p.NamespaceSelector.Size() == 0 {"}},
+	},
+	{
+		"namespace-selector-ignored", "namespaceSelector is not looked at", peersGo,
+		[]edit{{"ok = p.namespaces.Matches(labels.Set(r.in.Model.NamespaceLabels(pod.Namespace)))", "ok = true"}},
+	},
+	{
+		"peer-pod-selector-ignored", "the podSelector of a peer is not looked at", peersGo,
+		[]edit{{"if p.pods.Matches(labels.Set(pod.Labels)) && !yield", "if !yield"}},
+	},
+	{
+		"not-in-needs-key", "NotIn matches only pods that have the key", compileGo,
+		[]edit{{
+			"if peer.pods, err = metav1.LabelSelectorAsSelector(p.PodSelector); err != nil {",
+			"s := p.PodSelector.DeepCopy()\n\t\t\tfor _, e := range p.PodSelector.MatchExpressions {\n\t\t\t\tif e.Operator == metav1.LabelSelectorOpNotIn {\n\t\t\t\t\ts.MatchExpressions = append(s.MatchExpressions, metav1.LabelSelectorRequirement{Key: e.Key, Operator: metav1.LabelSelectorOpExists})\n\t\t\t\t}\n\t\t\t}\n\t\t\tif peer.pods, err = metav1.LabelSelectorAsSelector(s); err != nil {",
+		}},
+	},
+	{
+		"empty-value-matches-absent", `matchLabels {k: ""} matches pods without k`, compileGo,
+		[]edit{{
+			"if peer.pods, err = metav1.LabelSelectorAsSelector(p.PodSelector); err != nil {",
+			"s := p.PodSelector.DeepCopy()\n\t\t\tfor k, v := range p.PodSelector.MatchLabels {\n\t\t\t\tif v == \"\" {\n\t\t\t\t\tdelete(s.MatchLabels, k)\n\t\t\t\t}\n\t\t\t}\n\t\t\tif peer.pods, err = metav1.LabelSelectorAsSelector(s); err != nil {",
+		}},
+	},
+	{
+		"from-empty-as-nobody", "from: [] allows nobody, absent everybody", compileGo,
+		[]edit{{"anyPeer: len(peers) == 0", "anyPeer: peers == nil"}},
+	},
+	{
+		"empty-peer-set-as-everybody", "a selector that selects nobody is rendered without a match", renderGo,
+		[]edit{{
+			"for i, set := range r.peerSets(p) {",
+			"for i, set := range r.peerSets(p) {\n\t\t\tif len(r.table.Sets[set].Elements) == 0 {\n\t\t\t\treturn [][]ruleset.Expr{nil}\n\t\t\t}",
+		}},
+	},
+	{
+		"peer-set-shared-by-pods", "the name of a peer set does not depend on the podSelector", peersGo,
+		[]edit{{`return []string{"namespaces", p.namespaces.String(), p.pods.String()}`, `return []string{"namespaces", p.namespaces.String()}`}},
+	},
+	{
+		"peer-set-shared-by-namespaces", "the name of a peer set does not depend on the policy's namespace", peersGo,
+		[]edit{{`return []string{"namespace", p.namespace, p.pods.String()}`, `return []string{"namespace", p.pods.String()}`}},
+	},
+	{
+		"policy-chain-shared", "the name of a policy's chain does not depend on its namespace", renderGo,
+		[]edit{{`ID("egress", c.namespace, c.name)`, `ID("egress", c.name)`}},
+	},
+	{
+		"host-network-peer", "a hostNetwork pod is a peer under the node's address", peersGo,
+		[]edit{{"if pod.HostNetwork || pod.Terminal {", "if pod.Terminal {"}},
+	},
+	{
+		"terminal-peer", "a completed pod stays a peer", peersGo,
+		[]edit{{"if pod.HostNetwork || pod.Terminal {", "if pod.HostNetwork {"}},
+	},
+	{
+		"older-claim-wins", "of two pods that claim an address the older is the peer", peersGo,
+		[]edit{{"strings.Compare(nameOf(pod), nameOf(other.pod))) > 0 {", "strings.Compare(nameOf(pod), nameOf(other.pod))) < 0 {"}},
+	},
+	{
+		"remote-claim-wins", "another pod's object takes the address of a pod that is attached here", peersGo,
+		[]edit{{"if taken && other.local {", "if taken && other.local && (other.pod == nil || other.pod == pod) {"}},
+	},
+	{
+		"peer-one-address", "of a dual stack pod one address is a peer", peersGo,
+		[]edit{{"for _, ip := range peer.ips {\n\t\t\t\tadd(ip, ruleset.AddrElem(ip))", "for _, ip := range peer.ips[:1] {\n\t\t\t\tadd(ip, ruleset.AddrElem(ip))"}},
+	},
+
+	// ipBlock.
+	{
+		"except-dropped", "except is not looked at", compileGo,
+		[]edit{{"own.RemovePrefix(except)", "_ = except"}},
+	},
+	{
+		"except-narrows-other-peers", "except is cut out of the peers before it, too", compileGo,
+		[]edit{{"var own netipx.IPSetBuilder\n", "own := to\n"}},
+	},
+	{
+		"first-except-only", "of several excepts the first one counts", compileGo,
+		[]edit{{"for _, e := range b.Except {", "for _, e := range b.Except[:min(1, len(b.Except))] {"}},
+	},
+	{
+		"bad-except-ignored", "an except that cannot be read is left out", compileGo,
+		[]edit{{`return fmt.Errorf("ipBlock except: %w", err)`, "continue"}},
+	},
+	{
+		"bad-cidr-as-everybody", "a cidr that cannot be read is 0.0.0.0/0", compileGo,
+		[]edit{{`return fmt.Errorf("ipBlock cidr: %w", err)`, "cidr = everything4"}},
+	},
+	{
+		"sloppy-cidr-refused", "leading zeros and the like make a block match nothing", compileGo,
+		[]edit{{
+			"_, ipnet, err := netutils.ParseCIDRSloppy(s)\n\tif err != nil {",
+			"_, ipnet, err := netutils.ParseCIDRSloppy(s)\n\tif _, strict := netip.ParsePrefix(s); err != nil || strict != nil {",
+		}},
+	},
+	{
+		"mapped-cidr-as-ipv6", "::ffff:10.0.0.0/104 is not 10.0.0.0/8", compileGo,
+		[]edit{{"bits == 128 && ones >= 96", "bits == 128 && ones > 128"}},
+	},
+	{
+		"any-ipv4-is-any", "0.0.0.0/0 opens IPv6 too", compileGo,
+		[]edit{{"own.AddPrefix(cidr)", "own.AddPrefix(cidr)\n\tif cidr == everything4 {\n\t\town.AddPrefix(everything6)\n\t}"}},
+	},
+	{
+		"range-end", "a range that is no prefix ends one address early", renderGo,
+		[]edit{{"To: string(rg.To().AsSlice())", "To: string(rg.To().Prev().AsSlice())"}},
+	},
+	{
+		"range-set-end", "the ranges of an interval set end one address early", peersGo,
+		[]edit{{
+			"elements[ruleset.RangeElem(rg.From(), rg.To())] = ruleset.Verdict{}",
+			"to := rg.To()\n\t\t\tif to != rg.From() {\n\t\t\t\tto = to.Prev()\n\t\t\t}\n\t\t\telements[ruleset.RangeElem(rg.From(), to)] = ruleset.Verdict{}",
+		}},
+	},
+	{
+		"range-set-name", "the name of an interval set does not depend on all of its ranges", peersGo,
+		[]edit{{`ID(setBlocks, rangesText(list))`, `ID(setBlocks, rangesText(list[:1]))`}},
+	},
+
+	// Ports.
+	{
+		"ports-empty-as-none", "ports: [] allows nothing, absent everything", compileGo,
+		[]edit{{"anyPort: len(ports) == 0", "anyPort: ports == nil"}},
+	},
+	{
+		"protocol-nil-as-any", "a port without protocol is every protocol's", compileGo,
+		[]edit{{
+			"proto := cluster.TCP\n",
+			"if p.Protocol == nil {\n\t\tfor _, proto := range []corev1.Protocol{\"TCP\", \"UDP\", \"SCTP\"} {\n\t\t\tq := *p\n\t\t\tq.Protocol = &proto\n\t\t\tc.port(where, &q, r)\n\t\t}\n\t\treturn\n\t}\n\tproto := cluster.TCP\n",
+		}, {"networkingv1 \"k8s.io/api/networking/v1\"\n", "corev1 \"k8s.io/api/core/v1\"\n\tnetworkingv1 \"k8s.io/api/networking/v1\"\n"}},
+	},
+	{
+		"sctp-as-tcp", "SCTP is read as TCP", compileGo,
+		[]edit{{"proto = cluster.SCTP", "proto = cluster.TCP"}},
+	},
+	{
+		"protocol-not-matched", "a single port is matched without its protocol", renderGo,
+		[]edit{{"ruleset.Equal(ruleset.L4Proto, uint8(p.proto)), ruleset.Equal16(ruleset.Dport, p.from),", "ruleset.Equal16(ruleset.Dport, p.from),"}},
+	},
+	{
+		"port-set-protocol", "the ports of a set are all TCP's", peersGo,
+		[]edit{{"elements[ruleset.PortElem(uint8(p.proto), p.from)]", "elements[ruleset.PortElem(ruleset.ProtoTCP, p.from)]"}},
+	},
+	{
+		"no-port-as-everything", "ports: [{}] matches every protocol", renderGo,
+		[]edit{{"matches = append(matches, []ruleset.Expr{proto})", "matches = append(matches, nil)"}},
+	},
+	{
+		"source-port", "a port is matched with the source's", renderGo,
+		[]edit{{"ruleset.Equal16(ruleset.Dport, p.from),", "ruleset.Equal16(ruleset.Sport, p.from),"}},
+	},
+	{
+		"end-port-ignored", "endPort is not looked at", compileGo,
+		[]edit{{"end = *p.EndPort", "end = p.Port.IntVal"}},
+	},
+	{
+		"end-port-exclusive", "endPort is not part of the range", compileGo,
+		[]edit{{"end = *p.EndPort", "end = max(p.Port.IntVal, *p.EndPort-1)"}},
+	},
+	{
+		"port-range-start", "a range begins one port late", renderGo,
+		[]edit{{"ruleset.Between16(ruleset.Dport, p.from, p.to)", "ruleset.Between16(ruleset.Dport, p.from+1, p.to)"}},
+	},
+	{
+		"port-merge-gap", "ranges are joined over a gap of one port", compileGo,
+		[]edit{{"if int(p.from) <= int(last.to)+1 {", "if int(p.from) <= int(last.to)+2 {"}},
+	},
+	{
+		"port-merge-nested", "a range that ends inside another one cuts it off", compileGo,
+		[]edit{{"last.to = max(last.to, p.to)", "last.to = p.to"}},
+	},
+	{
+		"port-merge-protocols", "ranges of different protocols are joined", compileGo,
+		[]edit{{"n > 0 && merged[n-1].proto == p.proto {", "n > 0 {"}},
+	},
+	{
+		"icmp-by-ports", "a rule with ports admits ICMP", renderGo,
+		[]edit{{"var matches [][]ruleset.Expr\n\tvar singles []portRange", "matches := [][]ruleset.Expr{{ruleset.Equal(ruleset.L4Proto, ruleset.ProtoICMP)}}\n\tvar singles []portRange"}},
+	},
+	{
+		"icmp-never", "a rule without ports admits TCP, UDP and SCTP only", renderGo,
+		[]edit{{
+			"if rule.anyPort {\n\t\treturn [][]ruleset.Expr{nil}",
+			"if rule.anyPort {\n\t\treturn [][]ruleset.Expr{{ruleset.Equal(ruleset.L4Proto, ruleset.ProtoTCP)}, {ruleset.Equal(ruleset.L4Proto, ruleset.ProtoUDP)}, {ruleset.Equal(ruleset.L4Proto, ruleset.ProtoSCTP)}}",
+		}},
+	},
+
+	// Named ports.
+	{
+		"named-port-union-ingress", "a named port of an ingress rule is every number that any pod gives the name", renderGo,
+		[]edit{{
+			"resolved[port] = resolve(pod, port)\n",
+			"resolved[port] = resolve(pod, port)\n\t\t\tfor _, peer := range r.peers {\n\t\t\t\tresolved[port] = append(resolved[port], resolve(peer.pod, port)...)\n\t\t\t}\n",
+		}},
+	},
+	{
+		"named-port-union-egress", "a named port of an egress rule is, on each pod, every number that any pod gives the name", peersGo,
+		[]edit{{
+			"for _, number := range resolve(peer.pod, port) {",
+			"var numbers []uint16\n\t\t\tfor _, other := range r.peers {\n\t\t\t\tnumbers = append(numbers, resolve(other.pod, port)...)\n\t\t\t}\n\t\t\tfor _, number := range numbers {",
+		}},
+	},
+	{
+		"named-port-any-address", "a named port of an egress rule opens its numbers for any address that the peers match", renderGo,
+		[]edit{{
+			"for _, sets := range r.namedPeers(rule, port) {",
+			"for i := range r.peers {\n\t\t\t\tfor _, n := range resolve(r.peers[i].pod, port) {\n\t\t\t\t\trules = append(rules, r.product(rule, []portRange{{proto: port.proto, from: n, to: n}}, destinations)...)\n\t\t\t\t}\n\t\t\t}\n\t\t\tfor _, sets := range r.namedPeers(rule, port) {",
+		}},
+	},
+	{
+		"named-port-protocol", "a named port is resolved by its name alone", peersGo,
+		[]edit{{"if p.Name == port.name && p.Protocol == port.proto {", "if p.Name == port.name {"}},
+	},
+	{
+		"named-port-first-only", "of two numbers with one name the smaller counts", peersGo,
+		[]edit{{"return slices.Compact(numbers)", "return numbers[:min(1, len(numbers))]"}},
+	},
+	{
+		"named-port-block-ignored", "a named port with an ipBlock is open on pods outside of the block", renderGo,
+		[]edit{{"r.namedPortSets(everyPod, rule.blocks, port)", "r.namedPortSets(everyPod, nil, port)"}},
+	},
+	{
+		"named-port-chain-shared", "pods with different numbers for a name share the chain of the first", renderGo,
+		[]edit{{"identity = append(identity, strconv.Itoa(int(n)))", "_ = strconv.Itoa(int(n))"}},
+	},
+	{
+		"init-container-ports", "named ports of plain init containers are resolved", convertGo,
+		[]edit{{"if c.RestartPolicy != nil && *c.RestartPolicy == corev1.ContainerRestartPolicyAlways {", "{"}},
+	},
+	{
+		"sidecar-ports-ignored", "named ports of native sidecars are not resolved", convertGo,
+		[]edit{{"*c.RestartPolicy == corev1.ContainerRestartPolicyAlways {", "*c.RestartPolicy != corev1.ContainerRestartPolicyAlways {"}},
+	},
+	{
+		"container-protocol-default", "a container port without protocol is not TCP's", convertGo,
+		[]edit{{`case "", corev1.ProtocolTCP:`, `case corev1.ProtocolTCP:`}},
+	},
+
+	// Pods and their addresses.
+	{
+		"second-family-open", "of a dual stack pod one address is isolated", renderGo,
+		[]edit{{"for _, ip := range e.IPs {\n\t\tm := map6", "for _, ip := range e.IPs[:min(1, len(e.IPs))] {\n\t\tm := map6"}},
+	},
+	{
+		"second-address-dropped", "of status.podIPs the first one counts", convertGo,
+		[]edit{{"for _, ip := range s.PodIPs {", "for _, ip := range s.PodIPs[:min(1, len(s.PodIPs))] {"}},
+	},
+	{
+		"failed-pod-alive", "phase Failed is not terminal", convertGo,
+		[]edit{{"p.Status.Phase == corev1.PodSucceeded || p.Status.Phase == corev1.PodFailed", "p.Status.Phase == corev1.PodSucceeded"}},
+	},
+	{
+		"unknown-pod-open", "a pod that is attached and not known receives from everybody", renderGo,
+		[]edit{{"r.dispatch(e, mapIngress4, mapIngress6, chainQuarantine)\n", ""}},
+	},
+	{
+		"closed-address-as-peer", "the address of a pod that is not known is a peer of whoever claims it", peersGo,
+		[]edit{{"owner[ip] = claim{pod: e.Pod, local: true}", "if e.Pod != nil {\n\t\t\t\towner[ip] = claim{pod: e.Pod, local: true}\n\t\t\t}"}},
+	},
+
+	// Directions, the node, the pod itself.
+	{
+		"egress-accept-is-final", "what the sender's policies allow is not judged by the receiver's", baseGo,
+		[]edit{
+			{"r.chain(chainEgress, &ruleset.Hook{Name: \"forward\", Priority: priorityEgress}, head, bySource)", "r.chain(chainEgress, &ruleset.Hook{Name: \"forward\", Priority: priorityEgress}, head, bySource, byDestination)"},
+			{"r.chain(chainIngress, &ruleset.Hook{Name: \"forward\", Priority: priorityIngress}, head, byDestination)", "r.chain(chainIngress, &ruleset.Hook{Name: \"forward\", Priority: priorityIngress}, head)"},
+		},
+	},
+	{
+		"directions-swapped", "an ingress rule is compared with the destination", renderGo,
+		[]edit{{"return r.product(rule, mergePorts(numbers), sources)", "return r.product(rule, mergePorts(numbers), destinations)"}},
+	},
+	{
+		"own-node-open", "egress policies do not hold for the own node", baseGo,
+		[]edit{{"if !r.in.Options.AllowOwnNode {", "if false {"}},
+	},
+	{
+		"own-node-switch", "--own-node-egress=allow has no effect", baseGo,
+		[]edit{{"if !r.in.Options.AllowOwnNode {", "if true {"}},
+	},
+	{
+		"hairpin-denied", "a pod does not reach itself through its own Service", renderGo,
+		[]edit{{"c.Rules = append(c.Rules, r.hairpin(e, prefix)...)\n", ""}},
+	},
+	{
+		"hairpin-any-interface", "who forges a pod's own address as the source is let in to it", renderGo,
+		[]edit{{"ruleset.Cmp{Field: ruleset.IIFName, Value: iif}, ruleset.Address(saddr(ip), ip)", "ruleset.Address(saddr(ip), ip)"}},
+	},
+	{
+		"pod-chain-open-end", "what no policy accepts is accepted", renderGo,
+		[]edit{{"c.Rules = append(c.Rules, r.deny()...)\n", ""}},
+	},
+	{
+		"jump-as-goto", "the chain of a policy does not come back to that of the next", renderGo,
+		[]edit{{"ruleset.NewRule(ruleset.To(ruleset.Jump, name))", "ruleset.NewRule(ruleset.To(ruleset.Goto, name))"}},
+	},
+	{
+		"forged-source", "a pod sends from addresses that are not its own", linkGo,
+		[]edit{{"rules = append(rules, dropRule(notOwn(e, ruleset.IPSaddr)...))\n", ""}},
+	},
+	{
+		"solicitation-from-afar", "neighbour discovery passes with any hop limit", baseGo,
+		[]edit{{"Set: setND}, ruleset.Equal(ruleset.IP6HopLimit, 255), accept)", "Set: setND}, accept)"}},
+	},
+
+	// Rulesets and their differences.
+	{
+		"port-byte-order", "the ports of a set are in the order of the host", rulesetGo,
+		[]edit{{"return Elem([]byte{proto, byte(port >> 8), byte(port)})", "return Elem([]byte{proto, byte(port), byte(port >> 8)})"}},
+	},
+	{
+		"diff-keeps-elements", "elements that are gone stay in the kernel", diffGo,
+		[]edit{{"remove = append(remove, Op{Kind: DelElements, Table: to.ID, Set: s, Elements: gone})", "_ = gone"}},
+	},
+	{
+		"diff-misses-new-elements", "elements that are new do not come to a set that exists", diffGo,
+		[]edit{{"add = append(add, Op{Kind: AddElements, Table: to.ID, Set: s, Elements: added})", "_ = added"}},
+	},
+	{
+		"diff-misses-verdicts", "an element whose verdict changes keeps the old one", diffGo,
+		[]edit{{"if w, ok := b[e]; ok && v == w {", "if _, ok := b[e]; ok {"}},
+	},
+	{
+		"diff-adds-first", "a changed verdict is added before the old one is removed", diffGo,
+		[]edit{{"return append(remove, add...)", "return append(add, remove...)"}},
+	},
+	{
+		"diff-misses-rules", "the rules of a chain that exists are not changed", diffGo,
+		[]edit{{"if !fresh && (old == c || sameRules(old, c)) {", "if !fresh {"}},
+	},
+	{
+		"diff-does-not-flush", "the new rules of a chain come behind the old ones", diffGo,
+		[]edit{{"if !fresh {\n\t\t\tops(FlushChain, &d.Apply)(Op{Chain: c})\n\t\t}\n", ""}},
+	},
+	{
+		"diff-counts-rules", "chains with equally many rules are taken for equal", diffGo,
+		[]edit{{"return x.text == y.text", "return true"}},
+	},
+	{
+		"diff-sets-late", "the elements of an interval set are loaded together with its rules", diffGo,
+		[]edit{{"if s.Interval {\n\t\t\t\tlist = &d.Prepare\n\t\t\t}\n", ""}, {"newTable = ops(AddTable, &d.Prepare)", "newTable = ops(AddTable, &d.Apply)"}},
+	},
+	{
+		"diff-leaves-objects", "chains and sets that are gone stay in the kernel", diffGo,
+		[]edit{{"d.Apply = slices.Concat(d.Apply, flush, del)", "_ = slices.Concat(flush, del)"}},
+	},
+	{
+		"rule-text-without-end", "rules that differ in the end of a range are taken for equal", exprGo,
+		[]edit{{`valueText(r.Field, r.From) + "-" + valueText(r.Field, r.To)`, `valueText(r.Field, r.From)`}},
+	},
+}
