@@ -70,6 +70,7 @@ const (
 // TCP, UDP and SCTP; the ether type follows two addresses of 6 bytes.
 var fields = map[ruleset.Field]location{
 	ruleset.IIFName:     {meta: expr.MetaKeyIIFNAME, len: unix.IFNAMSIZ},
+	ruleset.OIFName:     {meta: expr.MetaKeyOIFNAME, len: unix.IFNAMSIZ},
 	ruleset.PktType:     {meta: expr.MetaKeyPKTTYPE, len: 1},
 	ruleset.L4Proto:     {meta: expr.MetaKeyL4PROTO, len: 1},
 	ruleset.EtherType:   {payload: true, base: expr.PayloadBaseLLHeader, offset: 12, len: 2},
@@ -97,6 +98,7 @@ var keyTypes = map[ruleset.KeyType]nftables.SetDatatype{
 	ruleset.InetProto:   nftables.TypeInetProto,
 	ruleset.InetService: nftables.TypeInetService,
 	ruleset.ICMPv6:      nftables.TypeICMP6Type,
+	ruleset.IfName:      nftables.TypeIFName,
 }
 
 func kernelFamily(f ruleset.Family) (nftables.TableFamily, error) {
@@ -153,6 +155,8 @@ func kernelSet(table *nftables.Table, s *ruleset.Set) (*nftables.Set, error) {
 		KeyByteOrder: binaryutil.BigEndian, Comment: ruleset.Comment(s.Comment),
 	}
 	switch {
+	case len(types) == 1 && s.Key[0] == ruleset.IfName:
+		set.KeyType, set.KeyByteOrder = types[0], binaryutil.NativeEndian // nft lists a name by it
 	case len(types) == 1:
 		set.KeyType = types[0]
 	case s.Interval:

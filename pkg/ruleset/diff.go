@@ -69,6 +69,14 @@ func Diff(from, to Ruleset) Delta {
 		if old == t {
 			continue
 		}
+		if old != nil && otherSets(old, t) {
+			// A set cannot be changed into another kind while rules look at it: the table is replaced, in one transaction.
+			var anew Delta
+			diffTable(nil, t, &anew)
+			d.Apply = append(d.Apply, Op{Kind: DelTable, Table: t.ID})
+			d.Apply = slices.Concat(d.Apply, anew.Prepare, anew.Apply)
+			continue
+		}
 		diffTable(old, t, &d)
 	}
 	for _, t := range from {
@@ -122,6 +130,16 @@ func diffTable(from, to *Table, d *Delta) {
 	}
 	d.Apply = append(d.Apply, elements...)
 	removeObjects(from, to, d)
+}
+
+// otherSets reports whether both tables have a set of one name that is not of one kind.
+func otherSets(a, b *Table) bool {
+	for name, s := range b.Sets {
+		if old := a.Sets[name]; old != nil && old != s && (old.Map != s.Map || old.Interval != s.Interval || !slices.Equal(old.Key, s.Key)) {
+			return true
+		}
+	}
+	return false
 }
 
 func hasIntervals(t *Table) bool {

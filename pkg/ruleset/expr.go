@@ -14,6 +14,7 @@ type Field uint8
 // not even a negated comparison.
 const (
 	IIFName     Field = iota + 1 // meta iifname
+	OIFName                      // oifname; only in sets
 	PktType                      // meta pkttype
 	EtherType                    // ether type
 	L4Proto                      // meta l4proto: behind IPv6 extension headers
@@ -28,7 +29,7 @@ const (
 )
 
 var fieldText = map[Field]string{
-	IIFName: "iifname", PktType: "meta pkttype", EtherType: "ether type", L4Proto: "meta l4proto",
+	IIFName: "iifname", OIFName: "oifname", PktType: "meta pkttype", EtherType: "ether type", L4Proto: "meta l4proto",
 	IPSaddr: "ip saddr", IPDaddr: "ip daddr", IP6Saddr: "ip6 saddr", IP6Daddr: "ip6 daddr", IP6HopLimit: "ip6 hoplimit",
 	ICMPv6Type: "icmpv6 type", Sport: "th sport", Dport: "th dport",
 }

@@ -56,6 +56,7 @@ const (
 	InetProto   KeyType = "inet_proto"
 	InetService KeyType = "inet_service"
 	ICMPv6      KeyType = "icmpv6_type"
+	IfName      KeyType = "ifname"
 )
 
 // Len is the length of a value of this type in bytes, without the padding to 32 bits that concatenations have in the kernel.
@@ -63,7 +64,7 @@ func (t KeyType) Len() int {
 	switch t {
 	case IPv4Addr:
 		return 4
-	case IPv6Addr:
+	case IPv6Addr, IfName:
 		return 16
 	case InetService:
 		return 2
@@ -77,6 +78,16 @@ type Elem string
 
 // AddrElem returns the key for one address.
 func AddrElem(ip netip.Addr) Elem { return Elem(ip.AsSlice()) }
+
+// LinkElem returns the key for the name of a link, which has at most 15 bytes.
+func LinkElem(name string) Elem { return Elem(ifName(name)) }
+
+// ifName pads a name as the kernel does (IFNAMSIZ).
+func ifName(name string) string {
+	var b [16]byte
+	copy(b[:15], name)
+	return string(b[:])
+}
 
 // RangeElem returns the element of an interval set that covers from to to, both included.
 func RangeElem(from, to netip.Addr) Elem { return Elem(from.AsSlice()) + Elem(to.AsSlice()) }

@@ -96,6 +96,8 @@ func (s *Set) keyText(e Elem) string {
 		case IPv4Addr, IPv6Addr:
 			ip, _ := netip.AddrFromSlice([]byte(v))
 			parts = append(parts, ip.String())
+		case IfName:
+			parts = append(parts, strconv.Quote(strings.TrimRight(string(v), "\x00")))
 		case InetService:
 			parts = append(parts, strconv.Itoa(int(v[0])<<8|int(v[1])))
 		case InetProto:

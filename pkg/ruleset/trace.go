@@ -11,7 +11,7 @@ import (
 // Packet is what rules can see of a packet at one hook. Fields that do not apply stay zero.
 type Packet struct {
 	IIFName string // the input device; at an ingress hook also the device whose chains are run
-	OIFName string // at an egress hook the device whose chains are run; no rule looks at it
+	OIFName string // the output device; at an egress hook also the device whose chains are run
 
 	EtherType uint16 // zero: that of the addresses
 	PktType   uint8
@@ -228,6 +228,8 @@ func (p Packet) field(f Field) (string, bool) {
 	switch f {
 	case IIFName:
 		return p.IIFName, true
+	case OIFName:
+		return ifName(p.OIFName), true
 	case PktType:
 		return string([]byte{p.PktType}), true
 	case EtherType:
