@@ -48,7 +48,11 @@ func (r *renderer) base() {
 	}
 	head := []ruleset.Rule{established, common}
 	r.chain(chainEgress, &ruleset.Hook{Name: "forward", Priority: priorityEgress}, head, bySource)
-	r.chain(chainIngress, &ruleset.Hook{Name: "forward", Priority: priorityIngress}, head, byDestination)
+	// What is left is not for a registered address: if it leads to an isolated pod all the same, it is for one that CNI did not
+	// report. (On a bridge the link is not known here, and the port's own chain sees to it.)
+	r.table.Sets[setIsolatedLinks] = &ruleset.Set{Name: setIsolatedLinks, Key: []ruleset.KeyType{ruleset.IfName}, Elements: map[ruleset.Elem]ruleset.Verdict{}}
+	unregistered := dropRule(ruleset.In{Fields: []ruleset.Field{ruleset.OIFName}, Set: setIsolatedLinks})
+	r.chain(chainIngress, &ruleset.Hook{Name: "forward", Priority: priorityIngress}, head, byDestination, []ruleset.Rule{unregistered})
 	node := [][]ruleset.Rule{head, r.nodeRules()}
 	if !r.in.Options.AllowOwnNode {
 		node = append(node, bySource)

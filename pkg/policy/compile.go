@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"go4.org/netipx"
 	networkingv1 "k8s.io/api/networking/v1"
@@ -17,10 +18,13 @@ import (
 // compiled is a policy with its defaults filled in and its selectors, blocks and ports parsed.
 type compiled struct {
 	namespace, name string
-	subject         labels.Selector
+	subject         matcher
 	ingress, egress *direction // nil: the policy does not concern this direction
 	problems        []string
 }
+
+// matcher is what a selector does.
+type matcher interface{ Matches(labels.Labels) bool }
 
 // direction is one policy's rules in one direction; no rules deny everything.
 type direction struct{ rules []rule }
@@ -216,6 +220,8 @@ func (c *compiled) port(where string, p *networkingv1.NetworkPolicyPort, r *rule
 		r.ports = append(r.ports, portRange{proto: proto, every: true})
 	case p.Port.Type != 0 && p.EndPort != nil:
 		c.problem("%s: endPort %d with the named port %q: it matches nothing", where, *p.EndPort, p.Port.StrVal)
+	case p.Port.Type != 0 && !strings.ContainsFunc(p.Port.StrVal, func(r rune) bool { return 'a' <= r && r <= 'z' }):
+		c.problem("%s: %q is no port name (those have a letter, a-z): it matches nothing; a number is written without quotes", where, p.Port.StrVal)
 	case p.Port.Type != 0:
 		if n := (namedPort{proto, p.Port.StrVal}); !slices.Contains(r.named, n) {
 			r.named = append(r.named, n)
@@ -268,54 +274,55 @@ func comparePorts(a, b portRange) int {
 	return int(a.to) - int(b.to)
 }
 
-// subjectSelector parses spec.podSelector. One that does not parse (objects stored before label values were validated) is
-// decided as far as it can be: a value that no label can have is not matched by In and is always avoided by NotIn. It reports
-// false when a part could not be decided at all and was left out, so that the selector may match too much.
+// subjectSelector parses spec.podSelector. One that does not parse (objects stored before label values were validated, files) is
+// compared as it is written. It reports false when a part has no meaning at all and was left out, so that the selector matches
+// too much.
 func (c *compiled) subjectSelector(s *metav1.LabelSelector) bool {
 	sel, err := metav1.LabelSelectorAsSelector(s)
 	if err == nil {
 		c.subject = sel
 		return true
 	}
-	c.subject = labels.Nothing()
-	sel = labels.Everything()
-	for k, v := range s.MatchLabels {
-		req, err := labels.NewRequirement(k, "=", []string{v})
-		if err != nil {
-			c.problem("podSelector: %v: no pod can have this label, so it selects none", err)
-			return true
-		}
-		sel = sel.Add(*req)
-	}
-	exact := true
-	for _, e := range s.MatchExpressions {
-		one := e
-		if e.Operator == metav1.LabelSelectorOpIn || e.Operator == metav1.LabelSelectorOpNotIn {
-			one.Values = slices.DeleteFunc(slices.Clone(e.Values), func(v string) bool {
-				_, err := labels.NewRequirement(e.Key, "=", []string{v})
-				return err != nil
-			})
-			if len(one.Values) == 0 && len(e.Values) > 0 {
-				if e.Operator == metav1.LabelSelectorOpIn {
-					c.problem("podSelector: %v: no pod can have this label, so it selects none", err)
-					return true
-				}
-				continue
-			}
-		}
-		part, err := metav1.LabelSelectorAsSelector(&metav1.LabelSelector{MatchExpressions: []metav1.LabelSelectorRequirement{one}})
-		if err != nil {
-			exact = false
-			continue
-		}
-		reqs, _ := part.Requirements()
-		sel = sel.Add(reqs...)
-	}
-	c.subject = sel
-	if exact {
-		c.problem("podSelector: %v: values that no label can have are left out", err)
-	} else {
+	c.subject = literal{s}
+	if slices.ContainsFunc(s.MatchExpressions, meaningless) {
 		c.problem("podSelector: %v: what is left of it selects pods that this policy closes and does not open", err)
+		return false
 	}
-	return exact
+	c.problem("podSelector: %v: it is compared as it is written", err)
+	return true
+}
+
+// literal matches labels by a selector that the API server would refuse, character by character: behind an API server no pod can
+// have such labels, but files are not validated by one. What has no meaning matches.
+type literal struct{ *metav1.LabelSelector }
+
+func (l literal) Matches(have labels.Labels) bool {
+	for k, v := range l.MatchLabels {
+		if !have.Has(k) || have.Get(k) != v {
+			return false
+		}
+	}
+	for _, e := range l.MatchExpressions {
+		in := have.Has(e.Key) && slices.Contains(e.Values, have.Get(e.Key))
+		switch {
+		case meaningless(e):
+		case e.Operator == metav1.LabelSelectorOpIn && !in,
+			e.Operator == metav1.LabelSelectorOpNotIn && in,
+			e.Operator == metav1.LabelSelectorOpExists && !have.Has(e.Key),
+			e.Operator == metav1.LabelSelectorOpDoesNotExist && have.Has(e.Key):
+			return false
+		}
+	}
+	return true
+}
+
+// meaningless reports whether it cannot be said what an expression selects.
+func meaningless(e metav1.LabelSelectorRequirement) bool {
+	switch e.Operator {
+	case metav1.LabelSelectorOpIn, metav1.LabelSelectorOpNotIn:
+		return len(e.Values) == 0
+	case metav1.LabelSelectorOpExists, metav1.LabelSelectorOpDoesNotExist:
+		return len(e.Values) > 0
+	}
+	return true
 }

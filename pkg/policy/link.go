@@ -46,6 +46,7 @@ func (r *renderer) linkChain(e *Endpoint, prefix, hook string) *ruleset.Chain {
 
 // closedLink lets nothing through but what keeps IPv6 addresses alive.
 func (r *renderer) closedLink(e *Endpoint) {
+	r.isolateLink(e)
 	if c := r.linkChain(e, prefixSource, "ingress"); c != nil {
 		// The addresses are for Links: everything is dropped, but the next start may have nothing else to know them by.
 		c.Rules = append(passICMPv6(), dropRule(notOwn(e, ruleset.IPSaddr)...), dropRule(notOwn(e, ruleset.IP6Saddr)...),
@@ -59,9 +60,19 @@ func (r *renderer) closedLink(e *Endpoint) {
 	}
 }
 
+// isolateLink keeps from a routed link what is not for one of the endpoint's addresses.
+func (r *renderer) isolateLink(e *Endpoint) {
+	if e.Link != "" && e.Bridge == "" {
+		r.table.Sets[setIsolatedLinks].Elements[ruleset.LinkElem(e.Link)] = ruleset.Verdict{}
+	}
+}
+
 // openLink renders the link of a known pod: it sends from its own addresses only, and on addresses that CNI did not report an
 // isolated pod sends and receives nothing but neighbour discovery and DHCP.
 func (r *renderer) openLink(e *Endpoint, ingress, egress bool) {
+	if ingress {
+		r.isolateLink(e)
+	}
 	if c := r.linkChain(e, prefixSource, "ingress"); c != nil {
 		c.Rules = sourceRules(e, egress)
 	}

@@ -110,6 +110,44 @@ func TestLink(t *testing.T) {
 	}
 }
 
+// TestUnregistered holds that nobody reaches an isolated pod on a routed veth at an address that CNI did not report.
+func TestUnregistered(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name             string
+		isolated, closed bool
+		bridge, oif      string
+		want             ruleset.VerdictKind
+	}{
+		{"open", false, false, "", "veth0", ruleset.Accept},
+		{"isolated", true, false, "", "veth0", ruleset.Drop},
+		{"closed", false, true, "", "veth0", ruleset.Drop},
+		{"isolated, behind another link", true, false, "", "veth1", ruleset.Accept},
+		{"isolated on a bridge, whose port sees to it", true, false, "br0", "br0", ruleset.Accept},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			rs := Render(linkInput(tt.bridge, tt.isolated, tt.closed)).Ruleset
+			for _, to := range []string{"10.0.0.77", "fd00::77"} {
+				dst := netip.MustParseAddr(to)
+				src := other4
+				if dst.Is6() {
+					src = other6
+				}
+				r, err := rs.Trace("forward", ruleset.Packet{
+					IIFName: "eth0", OIFName: tt.oif, Src: src, Dst: dst, Proto: ruleset.ProtoTCP, Sport: 1, Dport: 80, HopLimit: 64, CT: ruleset.New,
+				})
+				if err != nil {
+					t.Fatal(err)
+				}
+				if r.Verdict != tt.want {
+					t.Errorf("%s: verdict %v, want %v; steps: %v", to, r.Verdict, tt.want, r.Steps)
+				}
+			}
+		})
+	}
+}
+
 // TestAdopted holds that an isolated pod whose host veth is not known reaches itself through its own Service, and that nobody
 // else does so by its address.
 func TestAdopted(t *testing.T) {

@@ -20,6 +20,7 @@ const (
 	prefixSource  = "as_" // per endpoint: the host veth's ingress hook (anti-spoofing)
 	prefixDeliver = "to_" // per endpoint on a bridge: the host veth's egress hook
 	prefixPolicyE = "pe_" // per policy
+	prefixPeers   = "pp_" // per list of peers, where a rule has many ports
 	prefixPolicyI = "pi_" // per policy (and, with named ports, per resolution of the names)
 
 	setPeers      = "p"   // p4_, p6_: addresses of a selector's pods
@@ -32,6 +33,9 @@ const (
 	mapEgress4, mapEgress6   = "eg4", "eg6"
 	mapIngress4, mapIngress6 = "in4", "in6"
 )
+
+// setIsolatedLinks are the routed host veths of pods that are isolated for ingress, or closed.
+const setIsolatedLinks = "il"
 
 // Priorities (linux/netfilter_ipv4.h: NF_IP_PRI_FILTER = 0, NF_IP_PRI_RAW = -300). Egress policy comes first, so that each
 // base chain's accept leaves the other's verdict alone. filter is after DNAT (-100) and before SNAT (100).

@@ -18,6 +18,9 @@ import (
 // packet of a connection; an interval set costs more than that to load and cannot be loaded atomically with its rule.
 const maxInlineRanges = 16
 
+// maxProduct is up to how many rules the ports and peers of one rule are written out, each with each.
+const maxProduct = 32
+
 // minPortSet is the number of single ports from which on a set is cheaper than rules.
 const minPortSet = 3
 
@@ -274,12 +277,33 @@ func (r *renderer) product(rule *rule, ports []portRange, fields fieldPair) []ru
 	}
 	var rules []ruleset.Rule
 	peers := r.peerMatches(rule, fields)
+	if len(alternatives) > 1 && len(alternatives)*len(peers) > maxProduct {
+		peers = [][]ruleset.Expr{{ruleset.To(ruleset.Jump, r.peerChain(peers))}}
+	} else {
+		for i := range peers {
+			peers[i] = slices.Concat(peers[i], []ruleset.Expr{accept})
+		}
+	}
 	for _, port := range alternatives {
 		for _, peer := range peers {
-			rules = append(rules, ruleset.NewRule(slices.Concat(port, peer, []ruleset.Expr{accept})...))
+			rules = append(rules, ruleset.NewRule(slices.Concat(port, peer)...))
 		}
 	}
 	return rules
+}
+
+// peerChain returns a chain that accepts any of the peers, for rules that match many ports: their rules are a sum then and not a
+// product, which the author of a policy could make as large as he likes.
+func (r *renderer) peerChain(peers [][]ruleset.Expr) string {
+	rules := make([]ruleset.Rule, len(peers))
+	identity := []string{prefixPeers}
+	for i, p := range peers {
+		rules[i] = ruleset.NewRule(slices.Concat(p, []ruleset.Expr{accept})...)
+		identity = append(identity, rules[i].String())
+	}
+	name := prefixPeers + ID(identity...)
+	r.table.Chains[name] = &ruleset.Chain{Name: name, Rules: rules}
+	return name
 }
 
 // portMatches returns the alternatives that match a rule's ports; an empty list of expressions matches everything, ICMP too.
