@@ -74,6 +74,9 @@ func contents(t *testing.T, dir string) map[string]string {
 	files := map[string]string{}
 	for _, e := range entries {
 		text, err := os.ReadFile(filepath.Join(dir, e.Name()))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // a temporary file, renamed into place meanwhile
+		}
 		if err != nil {
 			t.Fatal(err)
 		}

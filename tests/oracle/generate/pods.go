@@ -221,8 +221,7 @@ func localIPs(c *oracle.Cluster) []netip.Addr {
 	return ips
 }
 
-// disputed reports whether an address of a place cannot be tried: the veth there is that of a sandbox without it, or there is
-// no sandbox and a pod of another node claims it.
+// disputed reports whether an address of a place cannot be tried: the veth there is that of a sandbox without it.
 func disputed(c *oracle.Cluster, ip netip.Addr) bool {
 	place, ok := layout.PlaceOf(ip)
 	if !ok {
@@ -231,9 +230,7 @@ func disputed(c *oracle.Cluster, ip netip.Addr) bool {
 	if i := sandboxAt(c, place); i >= 0 {
 		return !slices.Contains(c.Sandboxes[i].IPs, ip)
 	}
-	return slices.ContainsFunc(c.Pods, func(p *corev1.Pod) bool {
-		return p.Spec.NodeName != c.Node && !completed(p) && slices.Contains(reported(p), ip)
-	})
+	return false
 }
 
 func completed(p *corev1.Pod) bool {

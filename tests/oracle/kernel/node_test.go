@@ -176,7 +176,8 @@ func (r *report) log(t *testing.T, n *testNode, title string) {
 	}
 	fmt.Fprintf(&b, "  %-9s %s", "all", &r.all)
 	fmt.Println(b.String())
-	t.Attr(strings.ReplaceAll(title, " ", "-"), fmt.Sprintf("%s, %.0f a second, -kernel-seed=%d", strings.TrimSpace(r.all.String()), float64(r.all.verdicts)/took.Seconds(), r.seed))
+	t.Attr(strings.ReplaceAll(title, " ", "-"), fmt.Sprintf("%s, %.0f a second, -kernel-seed=%d -kernel-verdicts=%d -kernel-steps=%d",
+		strings.TrimSpace(r.all.String()), float64(r.all.verdicts)/took.Seconds(), r.seed, *verdictsFlag, *stepsFlag))
 }
 
 var seedFlag = flag.Uint64("kernel-seed", 0, "seed of the random clusters; 0 is a fresh one")

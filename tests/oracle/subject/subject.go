@@ -131,6 +131,9 @@ func Allowed(rs ruleset.Ruleset, conn oracle.Conn) (bool, string, error) {
 		ok, err := hook("input", p)
 		return ok, path.String(), err
 	default:
+		if toPod {
+			p.OIFName = cmp.Or(to.Bridge, to.Link)
+		}
 		if ok, err := hook("forward", p); !ok {
 			return false, path.String(), err
 		}
