@@ -352,7 +352,7 @@ var mutants = []mutant{
 		"egress-accept-is-final", "what the sender's policies allow is not judged by the receiver's", baseGo,
 		[]edit{
 			{"r.chain(chainEgress, &ruleset.Hook{Name: \"forward\", Priority: priorityEgress}, head, bySource)", "r.chain(chainEgress, &ruleset.Hook{Name: \"forward\", Priority: priorityEgress}, head, bySource, byDestination)"},
-			{"r.chain(chainIngress, &ruleset.Hook{Name: \"forward\", Priority: priorityIngress}, head, byDestination)", "r.chain(chainIngress, &ruleset.Hook{Name: \"forward\", Priority: priorityIngress}, head)"},
+			{"r.chain(chainIngress, &ruleset.Hook{Name: \"forward\", Priority: priorityIngress}, head, byDestination, []ruleset.Rule{unregistered})", "r.chain(chainIngress, &ruleset.Hook{Name: \"forward\", Priority: priorityIngress}, head)\n\t_ = unregistered"},
 		},
 	},
 	{
