@@ -112,6 +112,12 @@ func newTestbed(t *testing.T) *testbed {
 		t.Skip("needs root: makes network namespaces and routes packets through them")
 	}
 	b := &testbed{client: newNS(t), router: newNS(t), server: newNS(t)}
+	for _, ns := range []netns.NsHandle{b.client, b.router, b.server} {
+		in(t, ns, func() error {
+			// A router asks for no neighbour before its link-local address is known to be unique, which takes seconds.
+			return os.WriteFile("/proc/sys/net/ipv6/conf/default/dad_transmits", []byte("0"), 0o644)
+		})
+	}
 	h, err := netlink.NewHandleAt(b.router, unix.NETLINK_ROUTE)
 	if err != nil {
 		t.Fatal(err)
