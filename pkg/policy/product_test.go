@@ -3,6 +3,7 @@ package policy
 import (
 	"fmt"
 	"net/netip"
+	"strings"
 	"testing"
 
 	networkingv1 "k8s.io/api/networking/v1"
@@ -52,6 +53,58 @@ func TestManyPortsAndPeers(t *testing.T) {
 		})
 		if err != nil || r.Verdict != tt.want {
 			t.Errorf("%s to port %d: verdict %v, want %v (%v)", tt.from, tt.port, r.Verdict, tt.want, err)
+		}
+	}
+}
+
+// product is a policy with so many port ranges, from a port on, and so many addresses of one /24.
+func product(name string, ports int, first int32, addresses int, third int) *cluster.Policy {
+	rule := networkingv1.NetworkPolicyIngressRule{}
+	for i := range int32(ports) { //nolint:gosec // small
+		from, to := intstr.FromInt32(first+10*i), first+10*i+3
+		rule.Ports = append(rule.Ports, networkingv1.NetworkPolicyPort{Port: &from, EndPort: &to})
+	}
+	for i := range addresses {
+		rule.From = append(rule.From, networkingv1.NetworkPolicyPeer{IPBlock: &networkingv1.IPBlock{CIDR: fmt.Sprintf("20.0.%d.%d/32", third, 2*i)}})
+	}
+	return &cluster.Policy{Namespace: "ns", Name: name, Spec: networkingv1.NetworkPolicySpec{Ingress: []networkingv1.NetworkPolicyIngressRule{rule}}}
+}
+
+// TestProductOrSum holds from which size on the peers of a rule get a chain of their own.
+func TestProductOrSum(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct{ ports, addresses, chains int }{{4, 8, 0}, {3, 11, 1}, {11, 3, 1}, {40, 1, 1}, {1, 16, 0}, {2, 16, 0}} {
+		in := linkInput("", false, false)
+		p := product("p", tt.ports, 100, tt.addresses, 0)
+		in.Model.Apply(cluster.Change{Key: p.Key(), Object: p})
+		chains := 0
+		for name := range Render(in).Ruleset[0].Chains {
+			if strings.HasPrefix(name, prefixPeers) {
+				chains++
+			}
+		}
+		if chains != tt.chains {
+			t.Errorf("%d ports and %d peers make %d chains of peers, want %d", tt.ports, tt.addresses, chains, tt.chains)
+		}
+	}
+}
+
+// TestPeerChainsApart holds that rules with other peers do not share a chain of them.
+func TestPeerChainsApart(t *testing.T) {
+	t.Parallel()
+	in := linkInput("", false, false)
+	for _, p := range []*cluster.Policy{product("a", 5, 1000, 8, 1), product("b", 5, 2000, 8, 2)} {
+		in.Model.Apply(cluster.Change{Key: p.Key(), Object: p})
+	}
+	rs := Render(in).Ruleset
+	for from, port := range map[string]uint16{"20.0.1.0": 1000, "20.0.2.14": 2043} {
+		for _, dport := range []uint16{1000, 2043} {
+			r, err := rs.Trace("forward", ruleset.Packet{
+				Src: netip.MustParseAddr(from), Dst: own4, Proto: ruleset.ProtoTCP, Sport: 1, Dport: dport, CT: ruleset.New,
+			})
+			if want := dport == port; err != nil || (r.Verdict == ruleset.Accept) != want {
+				t.Errorf("%s to port %d: accepted %v, want %v (%v)", from, dport, r.Verdict == ruleset.Accept, want, err)
+			}
 		}
 	}
 }

@@ -134,6 +134,10 @@ var mutants = []mutant{
 		[]edit{{`ID("egress", c.namespace, c.name)`, `ID("egress", c.name)`}},
 	},
 	{
+		"peer-chain-shared", "the name of a chain of peers does not depend on the peers", renderGo,
+		[]edit{{"identity = append(identity, rules[i].String())", "_ = identity"}},
+	},
+	{
 		"host-network-peer", "a hostNetwork pod is a peer under the node's address", peersGo,
 		[]edit{{"if pod.HostNetwork || pod.Terminal {", "if pod.Terminal {"}},
 	},
@@ -341,6 +345,10 @@ var mutants = []mutant{
 	{
 		"unknown-pod-open", "a pod that is attached and not known receives from everybody", renderGo,
 		[]edit{{"r.dispatch(e, mapIngress4, mapIngress6, chainQuarantine)\n", ""}},
+	},
+	{
+		"isolated-link-open", "an isolated pod on a routed veth receives on addresses that CNI did not report", linkGo,
+		[]edit{{"if ingress {\n\t\tr.isolateLink(e)\n\t}\n", ""}},
 	},
 	{
 		"closed-address-as-peer", "the address of a pod that is not known is a peer of whoever claims it", peersGo,
