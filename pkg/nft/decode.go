@@ -187,6 +187,11 @@ func (dec *decoder) cmp(e *expr.Cmp) bool {
 	}
 	f, value, negated := dec.held[0], string(e.Data), e.Op == expr.CmpOpNeq
 	switch {
+	case dec.mask != nil && f == ruleset.TCPFlags:
+		if len(dec.mask) != 1 {
+			return false
+		}
+		dec.put(ruleset.Flags{Mask: dec.mask[0], Value: e.Data[0], Not: negated})
 	case dec.mask != nil:
 		ip, ok := netip.AddrFromSlice(e.Data)
 		if !ok {

@@ -20,9 +20,11 @@ import (
 // NF_INET_INGRESS = NF_INET_NUMHOOKS), netdev has a numbering of its own (enum nf_dev_hooks; egress since Linux 5.16).
 var hookNumbers = map[ruleset.Family]map[string]nftables.ChainHook{
 	ruleset.Inet: {
-		"input":   unix.NF_INET_LOCAL_IN,
-		"forward": unix.NF_INET_FORWARD,
-		"ingress": unix.NF_INET_NUMHOOKS,
+		"prerouting": unix.NF_INET_PRE_ROUTING,
+		"input":      unix.NF_INET_LOCAL_IN,
+		"forward":    unix.NF_INET_FORWARD,
+		"output":     unix.NF_INET_LOCAL_OUT,
+		"ingress":    unix.NF_INET_NUMHOOKS,
 	},
 	ruleset.Netdev: {
 		"ingress": unix.NF_NETDEV_INGRESS,
@@ -64,6 +66,7 @@ type ipVersion uint8
 const (
 	ipv4 ipVersion = 4
 	ipv6 ipVersion = 6
+	arp  ipVersion = 1 // no IP, but told by the ether type like the others
 )
 
 // fields are the locations of all fields: header offsets of RFC 791, RFC 8200, RFC 4443; ports are at the same place in
@@ -82,6 +85,9 @@ var fields = map[ruleset.Field]location{
 	ruleset.ICMPv6Type:  {payload: true, base: expr.PayloadBaseTransportHeader, offset: 0, len: 1, ip: ipv6},
 	ruleset.Sport:       {payload: true, base: expr.PayloadBaseTransportHeader, offset: 0, len: 2},
 	ruleset.Dport:       {payload: true, base: expr.PayloadBaseTransportHeader, offset: 2, len: 2},
+	ruleset.ARPSaddr:    {payload: true, base: expr.PayloadBaseNetworkHeader, offset: 14, len: 4, ip: arp},
+	ruleset.NDTarget:    {payload: true, base: expr.PayloadBaseTransportHeader, offset: 8, len: 16, ip: ipv6},
+	ruleset.TCPFlags:    {payload: true, base: expr.PayloadBaseTransportHeader, offset: 13, len: 1},
 }
 
 var verdicts = map[ruleset.VerdictKind]expr.VerdictKind{
@@ -153,6 +159,7 @@ func kernelSet(table *nftables.Table, s *ruleset.Set) (*nftables.Set, error) {
 	set := &nftables.Set{
 		Table: table, Name: s.Name, IsMap: s.Map, Interval: s.Interval, Concatenation: len(types) > 1,
 		KeyByteOrder: binaryutil.BigEndian, Comment: ruleset.Comment(s.Comment),
+		HasTimeout: s.Timeout > 0, Timeout: s.Timeout, Size: s.Size,
 	}
 	switch {
 	case len(types) == 1 && s.Key[0] == ruleset.IfName:
@@ -293,6 +300,11 @@ func (enc *encoder) encode(e ruleset.Expr) error {
 			return err
 		}
 		enc.add(&expr.Lookup{SourceRegister: register(0), SetID: noSetID, SetName: e.Map, DestRegister: unix.NFT_REG_VERDICT, IsDestRegSet: true})
+	case ruleset.Flags:
+		if err := enc.loadOne(ruleset.TCPFlags); err != nil {
+			return err
+		}
+		enc.masked([]byte{e.Mask}, []byte{e.Value}, e.Not)
 	case ruleset.CTState:
 		enc.ctState(e)
 	case ruleset.Counter:
@@ -352,15 +364,20 @@ func (enc *encoder) prefix(e ruleset.Prefix) error {
 	for i := range e.Prefix.Bits() {
 		mask[i/8] |= 0x80 >> (i % 8)
 	}
+	enc.masked(mask, value, e.Not)
+	return nil
+}
+
+// masked compares what is loaded, as far as mask looks at it.
+func (enc *encoder) masked(mask, value []byte, negated bool) {
 	op := expr.CmpOpEq
-	if e.Not {
+	if negated {
 		op = expr.CmpOpNeq
 	}
 	enc.add(
 		&expr.Bitwise{SourceRegister: register(0), DestRegister: register(0), Len: uint32(len(mask)), Mask: mask, Xor: make([]byte, len(mask))},
 		&expr.Cmp{Op: op, Register: register(0), Data: value},
 	)
-	return nil
 }
 
 func (enc *encoder) ctState(s ruleset.CTState) {
@@ -448,12 +465,18 @@ func (enc *encoder) depend(f ruleset.Field) error {
 		enc.ether = true
 		enc.match(expr.MetaKeyIIFTYPE, binaryutil.NativeEndian.PutUint16(unix.ARPHRD_ETHER))
 	}
+	if loc.ip == arp && enc.family != ruleset.Netdev {
+		return errors.New("ARP needs a netdev table")
+	}
 	if loc.ip != 0 && loc.ip != enc.ip {
 		if enc.ip != 0 {
 			return errors.New("the rule can never match: its fields are of different IP versions")
 		}
 		enc.ip = loc.ip
 		enc.matchIP()
+	}
+	if f == ruleset.NDTarget && !enc.icmpv6 {
+		return errors.New("an ND target needs a match of the ICMPv6 type before it")
 	}
 	if f == ruleset.ICMPv6Type && !enc.icmpv6 {
 		// Also behind a match of the same protocol by the rule itself: the decoder takes this one for the dependency.
@@ -466,6 +489,8 @@ func (enc *encoder) depend(f ruleset.Field) error {
 // matchIP matches the IP version: by nfproto in inet, by the ether type in netdev, where every packet has nfproto netdev.
 func (enc *encoder) matchIP() {
 	switch {
+	case enc.ip == arp:
+		enc.match(expr.MetaKeyPROTOCOL, binaryutil.BigEndian.PutUint16(ruleset.EtherARP))
 	case enc.family == ruleset.Netdev && enc.ip == ipv4:
 		enc.match(expr.MetaKeyPROTOCOL, binaryutil.BigEndian.PutUint16(ruleset.EtherIPv4))
 	case enc.family == ruleset.Netdev:

@@ -1,10 +1,13 @@
 package nft
 
 import (
+	"context"
 	"errors"
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/podwall/podwall/pkg/ruleset"
 )
 
 // Stage is the part of a ruleset.Delta that a transaction belongs to.
@@ -61,3 +64,35 @@ func IsPermission(err error) bool { return errors.Is(err, unix.EPERM) }
 // IsUncertain reports whether the kernel's answer was lost because it did not fit the socket's receive buffer. The
 // transaction may have been applied (google/nftables#103).
 func IsUncertain(err error) bool { return errors.Is(err, unix.ENOBUFS) }
+
+// Refused is what a transaction was refused for.
+type Refused struct {
+	Verb  string // add, delete or flush
+	Kind  string // table, chain, rule, set or element
+	Table ruleset.TableID
+	Name  string // of the chain or set
+}
+
+// Refused returns the operation that the kernel named; the zero value if it named none.
+func (e *CommitError) Refused() Refused {
+	words := strings.Fields(e.Op) // "add rule inet podwall ingress ...", see ruleset.Op.Name
+	if len(words) < 5 {
+		return Refused{}
+	}
+	return Refused{Verb: words[0], Kind: words[1], Table: ruleset.TableID{Family: ruleset.Family(words[2]), Name: words[3]}, Name: words[4]}
+}
+
+// IsRefusal reports whether the kernel does not take what was asked of it, however often it is asked. Otherwise the whole transaction
+// has failed for a reason that lies in none of its objects: it was interrupted, memory is short, or somebody else owns the table.
+func IsRefusal(err error) bool {
+	var refused *CommitError
+	if !errors.As(err, &refused) || IsPermission(err) || IsUncertain(err) {
+		return false
+	}
+	for _, passing := range []error{context.Canceled, context.DeadlineExceeded, unix.ENOMEM, unix.EAGAIN, unix.EINTR, unix.ERESTART, unix.EMSGSIZE, unix.EBADF} {
+		if errors.Is(err, passing) {
+			return false
+		}
+	}
+	return true
+}

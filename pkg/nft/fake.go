@@ -1,6 +1,7 @@
 package nft
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"maps"
@@ -18,17 +19,39 @@ type Fake struct {
 	mu     sync.Mutex
 	tables ruleset.Ruleset // tables and what they hold are replaced, never changed: callers may keep what they got
 	fail   error
+	refuse func(ruleset.Op) error
+	silent bool
 	gen    uint32
+	own    bool
+	ownErr error
+	reads  int
 }
 
 // NewFake returns a kernel without tables.
 func NewFake() *Fake { return &Fake{} }
 
-// Ruleset returns all tables, in the order in which they were added.
+// OwnTables makes it a Kernel that owns its tables. Its own Commit is the only way to change them all the same: a test that calls
+// it stands for whoever gets around the ownership.
+func (f *Fake) OwnTables() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.own = true
+}
+
+// FailOwn makes Own fail with err until it is called with nil.
+func (f *Fake) FailOwn(err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.ownErr = err
+}
+
+// Ruleset returns all tables, sorted by family and name.
 func (f *Fake) Ruleset() ruleset.Ruleset {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return slices.Clone(f.tables)
+	return slices.SortedFunc(slices.Values(f.tables), func(a, b *ruleset.Table) int {
+		return cmp.Or(cmp.Compare(a.ID.Family, b.ID.Family), cmp.Compare(a.ID.Name, b.ID.Name))
+	})
 }
 
 // FailNext makes the next Commit fail with a CommitError around err and change nothing.
@@ -38,11 +61,29 @@ func (f *Fake) FailNext(err error) {
 	f.fail = err
 }
 
+// Refuse makes every transaction fail that holds an operation for which refuse returns an error; nil lifts that. The CommitError
+// names the operation unless silent is set, as errors that the kernel finds in the whole transaction name none (ELOOP, ENOMEM).
+func (f *Fake) Refuse(refuse func(ruleset.Op) error, silent bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.refuse, f.silent = refuse, silent
+}
+
+// Reads counts the calls of Read.
+func (f *Fake) Reads() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.reads
+}
+
 // Read is Kernel.Read.
 func (f *Fake) Read(ctx context.Context, ids ...ruleset.TableID) (ruleset.Ruleset, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, fmt.Errorf("read tables: %w", err)
 	}
+	f.mu.Lock()
+	f.reads++
+	f.mu.Unlock()
 	var out ruleset.Ruleset
 	for _, id := range ids {
 		if t := f.Ruleset().Table(id); t != nil {
@@ -52,11 +93,39 @@ func (f *Fake) Read(ctx context.Context, ids ...ruleset.TableID) (ruleset.Rulese
 	return out, nil
 }
 
+// Elements is Kernel.Elements.
+func (f *Fake) Elements(ctx context.Context, id ruleset.TableID, set *ruleset.Set) ([]ruleset.Elem, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, fmt.Errorf("read elements of set %s: %w", set.Name, err)
+	}
+	if t := f.Ruleset().Table(id); t != nil && t.Sets[set.Name] != nil {
+		return slices.Collect(maps.Keys(t.Sets[set.Name].Elements)), nil
+	}
+	return nil, nil
+}
+
 // Generation is Kernel.Generation.
 func (f *Fake) Generation(context.Context) (uint32, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.gen, nil
+}
+
+// Own is Kernel.Own. No table of a Fake is ever dormant.
+func (f *Fake) Own(context.Context, ...ruleset.TableID) ([]ruleset.TableID, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return nil, f.ownErr
+}
+
+// Owned is Kernel.Owned.
+func (f *Fake) Owned(_ context.Context, ids ...ruleset.TableID) ([]ruleset.TableID, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !f.own {
+		return nil, nil
+	}
+	return slices.DeleteFunc(slices.Clone(ids), func(id ruleset.TableID) bool { return f.tables.Table(id) == nil }), nil
 }
 
 // Commit is Kernel.Commit.
@@ -73,6 +142,13 @@ func (f *Fake) Commit(ctx context.Context, d ruleset.Delta) error {
 func (f *Fake) transaction(ops []ruleset.Op) (string, error) {
 	tx := &fakeTx{tables: slices.Clone(f.tables), tableCopies: map[*ruleset.Table]bool{}, setCopies: map[*ruleset.Set]bool{}, chainCopies: map[*ruleset.Chain]bool{}}
 	for _, op := range ops {
+		if f.refuse != nil {
+			if err := f.refuse(op); err != nil && f.silent {
+				return "", err
+			} else if err != nil {
+				return op.Name(), err
+			}
+		}
 		tx.at = op.Name()
 		if op.Kind == ruleset.AddRules && len(op.Chain.Rules) > 0 {
 			tx.at = ruleText(op, op.Chain.Rules[0])
@@ -136,7 +212,7 @@ func addSet(t *ruleset.Table, s *ruleset.Set) error {
 	if old == nil {
 		t.Sets[s.Name] = &ruleset.Set{
 			Name: s.Name, Key: s.Key, Map: s.Map, Interval: s.Interval, Comment: ruleset.Comment(s.Comment),
-			Elements: map[ruleset.Elem]ruleset.Verdict{},
+			Timeout: s.Timeout, Size: s.Size, Elements: map[ruleset.Elem]ruleset.Verdict{},
 		}
 		return nil
 	}

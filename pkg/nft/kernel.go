@@ -33,6 +33,9 @@ const (
 type Config struct {
 	// NetNS is a file descriptor of a network namespace, for tests; 0 is the caller's own.
 	NetNS int
+	// Own makes the tables that are added this Kernel's own, and adopts with Own those that are there, where the kernel has the
+	// flags for it: nobody else can change them while the Kernel is open, and they stay in force when it is closed.
+	Own bool
 }
 
 // Kernel is the nftables of one network namespace. Its methods may be called concurrently; they take turns.
@@ -40,11 +43,14 @@ type Kernel struct {
 	mu   sync.Mutex
 	conn *nftables.Conn
 	nl   *netlink.Conn // conn's socket
+
+	netNS int
+	own   bool
 }
 
 // New opens the one netlink socket that all transactions go through.
 func New(cfg Config) (*Kernel, error) {
-	k := &Kernel{}
+	k := &Kernel{netNS: cfg.NetNS}
 	conn, err := nftables.New(
 		nftables.AsLasting(),
 		nftables.WithNetNSFd(cfg.NetNS),
@@ -57,6 +63,11 @@ func New(cfg Config) (*Kernel, error) {
 		return nil, fmt.Errorf("open netlink socket to nftables (needs CAP_NET_ADMIN and a kernel with nf_tables): %w", err)
 	}
 	k.conn = conn
+	if cfg.Own {
+		if k.own, err = k.knows(ownFlags); err != nil {
+			return nil, errors.Join(err, k.Close())
+		}
+	}
 	return k, nil
 }
 
@@ -113,7 +124,10 @@ type message struct {
 }
 
 // transaction sends the operations as one batch and returns which of them was refused, if the kernel says so.
-func (k *Kernel) transaction(ops []ruleset.Op) (string, error) {
+func (k *Kernel) transaction(ops []ruleset.Op) (string, error) { return k.transact(ops, 0) }
+
+// transact is transaction, refused with ERESTART if anybody has committed since a generation; 0 is none.
+func (k *Kernel) transact(ops []ruleset.Op, generation uint32) (string, error) {
 	// Everything is encoded before the first message is queued: the queue of conn can only be emptied by sending it.
 	var msgs []message
 	for _, op := range ops {
@@ -132,7 +146,7 @@ func (k *Kernel) transaction(ops []ruleset.Op) (string, error) {
 		_ = k.conn.Flush()
 		return "", fmt.Errorf("encode transaction: %w", err)
 	}
-	err := k.conn.Flush()
+	err := k.conn.FlushWithGenID(generation)
 	if err == nil {
 		return "", nil
 	}
@@ -173,6 +187,9 @@ func (k *Kernel) encode(op ruleset.Op) ([]message, error) {
 	}
 	switch op.Kind {
 	case ruleset.AddTable:
+		if k.own {
+			table.Flags = ownFlags
+		}
 		return one(func() { k.conn.AddTable(table) }), nil
 	case ruleset.DelTable:
 		return one(func() { k.conn.DelTable(table) }), nil

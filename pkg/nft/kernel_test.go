@@ -309,6 +309,7 @@ func everything() ruleset.Ruleset {
 			base("egress", "forward", "", -1, exprs...),
 			base("ingress", "forward", "", 0, rule(ruleset.To(ruleset.Jump, long))),
 			base("node", "input", "", 0),
+			base("prerouting", "prerouting", "", -150, rule(ruleset.Equal(ruleset.L4Proto, ruleset.ProtoTCP), ruleset.Reject{TCPReset: true})),
 			base("as_v0", "ingress", "v0", -300,
 				rule(ruleset.Not(ruleset.Address(ruleset.IPSaddr, addr("10.0.0.1"))), ruleset.Counter{}, drop)),
 			chain("pod", rule(ruleset.Counter{}, drop)),

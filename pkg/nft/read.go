@@ -5,8 +5,10 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/userdata"
@@ -157,15 +159,19 @@ func (k *Kernel) generation() (uint32, error) {
 // barrier waits for a commit that has a new generation already and is still moving its objects: an empty batch takes the
 // mutex of all commits and changes nothing.
 func (k *Kernel) barrier() error {
-	data := binary.BigEndian.AppendUint16([]byte{unix.NFPROTO_UNSPEC, unix.NFNETLINK_V0}, unix.NFNL_SUBSYS_NFTABLES)
-	_, err := k.nl.SendMessages([]netlink.Message{
-		{Header: netlink.Header{Type: unix.NFNL_MSG_BATCH_BEGIN, Flags: netlink.Request}, Data: data},
-		{Header: netlink.Header{Type: unix.NFNL_MSG_BATCH_END, Flags: netlink.Request}, Data: data},
-	})
+	_, err := k.nl.SendMessages([]netlink.Message{batchMessage(unix.NFNL_MSG_BATCH_BEGIN), batchMessage(unix.NFNL_MSG_BATCH_END)})
 	if err != nil {
 		return fmt.Errorf("send empty batch: %w", err)
 	}
 	return nil
+}
+
+// batchMessage begins or ends a transaction.
+func batchMessage(typ netlink.HeaderType) netlink.Message {
+	return netlink.Message{
+		Header: netlink.Header{Type: typ, Flags: netlink.Request},
+		Data:   binary.BigEndian.AppendUint16([]byte{unix.NFPROTO_UNSPEC, unix.NFNETLINK_V0}, unix.NFNL_SUBSYS_NFTABLES),
+	}
 }
 
 func (r reader) chains() error {
@@ -287,6 +293,7 @@ func (r reader) sets(table netlink.Attribute) error {
 		s := &ruleset.Set{}
 		var tableName string
 		var flags, keyType, dataType uint32
+		var timeout uint64 // milliseconds
 		for ad.Next() {
 			switch ad.Type() {
 			case unix.NFTA_SET_TABLE:
@@ -299,6 +306,10 @@ func (r reader) sets(table netlink.Attribute) error {
 				keyType = ad.Uint32()
 			case unix.NFTA_SET_DATA_TYPE:
 				dataType = ad.Uint32()
+			case unix.NFTA_SET_TIMEOUT:
+				timeout = ad.Uint64()
+			case unix.NFTA_SET_DESC:
+				s.Size = setSize(ad)
 			case unix.NFTA_SET_USERDATA:
 				s.Comment = udata(ad.Bytes(), userdata.NFTNL_UDATA_SET_COMMENT)
 			}
@@ -307,7 +318,8 @@ func (r reader) sets(table netlink.Attribute) error {
 			return nil
 		}
 		s.Map, s.Interval = flags&unix.NFT_SET_MAP != 0, flags&unix.NFT_SET_INTERVAL != 0
-		foreign := flags&^(unix.NFT_SET_MAP|unix.NFT_SET_INTERVAL|setConcatenated) != 0 || s.Map && dataType != unix.NFT_DATA_VERDICT
+		s.Timeout = time.Duration(timeout) * time.Millisecond //nolint:gosec // what Kernel wrote, or nothing that matters
+		foreign := flags&^(unix.NFT_SET_MAP|unix.NFT_SET_INTERVAL|unix.NFT_SET_TIMEOUT|setConcatenated) != 0 || s.Map && dataType != unix.NFT_DATA_VERDICT
 		if !foreign {
 			s.Key = decodeKey(keyType)
 		}
@@ -321,7 +333,7 @@ func (r reader) sets(table netlink.Attribute) error {
 		return fmt.Errorf("dump sets: %w", err)
 	}
 	for _, s := range r.table.Sets {
-		if s.Key == nil {
+		if s.Key == nil || s.Timeout > 0 {
 			continue
 		}
 		if err := r.elements(s, table); err != nil {
@@ -329,6 +341,44 @@ func (r reader) sets(table netlink.Attribute) error {
 		}
 	}
 	return nil
+}
+
+// setSize returns the bound of a set; 0 is none.
+func setSize(ad *netlink.AttributeDecoder) uint32 {
+	var size uint32
+	ad.Nested(func(nad *netlink.AttributeDecoder) error {
+		for nad.Next() {
+			if nad.Type() == unix.NFTA_SET_DESC_SIZE {
+				size = nad.Uint32()
+			}
+		}
+		return nil
+	})
+	return size
+}
+
+// Elements returns the elements of one set, also of one with a timeout, whose elements Read leaves alone. A set that is not there
+// has none.
+func (k *Kernel) Elements(ctx context.Context, id ruleset.TableID, set *ruleset.Set) ([]ruleset.Elem, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if err := ctx.Err(); err != nil {
+		return nil, fmt.Errorf("read elements of set %s: %w", set.Name, err)
+	}
+	family, err := kernelFamily(id.Family)
+	if err != nil {
+		return nil, err
+	}
+	s := &ruleset.Set{Name: set.Name, Key: set.Key, Map: set.Map}
+	r := reader{k: k, family: byte(family), table: ruleset.NewTable(id)}
+	err = r.elements(s, netlink.Attribute{Type: unix.NFTA_TABLE_NAME, Data: []byte(id.Name + "\x00")})
+	switch {
+	case IsNotExist(err):
+		return nil, nil
+	case err != nil:
+		return nil, fmt.Errorf("read elements of set %s: %w", set.Name, err)
+	}
+	return slices.Collect(maps.Keys(s.Elements)), nil
 }
 
 // decodeKey returns the parts of a key type, which nft numbers with 6 bits each, or nil if podwall does not have one.

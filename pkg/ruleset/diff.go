@@ -135,7 +135,8 @@ func diffTable(from, to *Table, d *Delta) {
 // otherSets reports whether both tables have a set of one name that is not of one kind.
 func otherSets(a, b *Table) bool {
 	for name, s := range b.Sets {
-		if old := a.Sets[name]; old != nil && old != s && (old.Map != s.Map || old.Interval != s.Interval || !slices.Equal(old.Key, s.Key)) {
+		if old := a.Sets[name]; old != nil && old != s &&
+			(old.Map != s.Map || old.Interval != s.Interval || old.Timeout != s.Timeout || old.Size != s.Size || !slices.Equal(old.Key, s.Key)) {
 			return true
 		}
 	}
@@ -168,7 +169,7 @@ func diffSets(from, to *Table, d *Delta) []Op {
 			}
 			op.Kind = AddSet
 			*list = append(*list, op)
-			if len(s.Elements) > 0 {
+			if len(s.Elements) > 0 && s.Timeout == 0 {
 				op.Kind, op.Elements = AddElements, s.Elements
 				if s.Interval {
 					*list = append(*list, op)
@@ -176,6 +177,9 @@ func diffSets(from, to *Table, d *Delta) []Op {
 					add = append(add, op)
 				}
 			}
+			continue
+		}
+		if s.Timeout > 0 {
 			continue
 		}
 		if gone := without(old.Elements, s.Elements); len(gone) > 0 {

@@ -1,6 +1,8 @@
 package ruleset
 
 import (
+	"bytes"
+	"cmp"
 	"fmt"
 	"net/netip"
 	"strconv"
@@ -26,12 +28,16 @@ const (
 	ICMPv6Type                   // icmpv6 type
 	Sport                        // th sport; needs an L4Proto match before it
 	Dport                        // th dport; needs an L4Proto match before it
+	ARPSaddr                     // arp saddr ip: the address that an ARP message claims
+	NDTarget                     // the target address of a neighbour solicitation or advertisement; needs an ICMPv6Type match before it
+	TCPFlags                     // tcp flags; only in Flags, needs an L4Proto match of TCP before it
 )
 
 var fieldText = map[Field]string{
 	IIFName: "iifname", OIFName: "oifname", PktType: "meta pkttype", EtherType: "ether type", L4Proto: "meta l4proto",
 	IPSaddr: "ip saddr", IPDaddr: "ip daddr", IP6Saddr: "ip6 saddr", IP6Daddr: "ip6 daddr", IP6HopLimit: "ip6 hoplimit",
-	ICMPv6Type: "icmpv6 type", Sport: "th sport", Dport: "th dport",
+	ICMPv6Type: "icmpv6 type", Sport: "th sport", Dport: "th dport", TCPFlags: "tcp flags",
+	ARPSaddr: "arp saddr ip", NDTarget: "@th,64,128",
 }
 
 // String returns the field in nft's syntax.
@@ -103,6 +109,21 @@ type Dispatch struct {
 	Map    string
 }
 
+// Flags matches TCP packets whose flags, as far as Mask looks at them, are (or, with Not, are not) Value.
+type Flags struct {
+	Mask, Value uint8
+	Not         bool
+}
+
+// Bits of Flags (RFC 9293).
+const (
+	FIN uint8 = 1 << iota
+	SYN
+	RST
+	PSH
+	ACK
+)
+
 // CTState matches packets whose conntrack state is one of the bits.
 type CTState uint8
 
@@ -154,6 +175,7 @@ func (Prefix) expr()   {}
 func (Range) expr()    {}
 func (In) expr()       {}
 func (Dispatch) expr() {}
+func (Flags) expr()    {}
 func (CTState) expr()  {}
 func (Counter) expr()  {}
 func (Limit) expr()    {}
@@ -200,6 +222,10 @@ func (c Cmp) String() string {
 
 // String returns the match in nft's syntax.
 func (p Prefix) String() string {
+	if p.Field == NDTarget { // nft has no name for it, and no prefixes without one
+		mask := netip.PrefixFrom(netip.AddrFrom16([16]byte(bytes.Repeat([]byte{0xff}, 16))), p.Prefix.Bits()).Masked().Addr()
+		return fmt.Sprintf("%s & 0x%x %s0x%x", p.Field, mask.AsSlice(), not(p.Not), p.Prefix.Masked().Addr().AsSlice())
+	}
 	return p.Field.String() + " " + not(p.Not) + p.Prefix.Masked().String()
 }
 
@@ -213,6 +239,21 @@ func (i In) String() string { return fieldsText(i.Fields) + " " + not(i.Not) + "
 
 // String returns the verdict map lookup in nft's syntax.
 func (d Dispatch) String() string { return fieldsText(d.Fields) + " vmap @" + d.Map }
+
+// String returns the match in nft's syntax.
+func (f Flags) String() string {
+	return "tcp flags " + not(f.Not) + flagNames(f.Value) + " / " + flagNames(f.Mask)
+}
+
+func flagNames(bits uint8) string {
+	var names []string
+	for i, n := range []string{"fin", "syn", "rst", "psh", "ack", "urg", "ecn", "cwr"} {
+		if bits&(1<<i) != 0 {
+			names = append(names, n)
+		}
+	}
+	return cmp.Or(strings.Join(names, ","), "0x0")
+}
 
 // String returns the match in nft's syntax.
 func (s CTState) String() string {
@@ -281,7 +322,9 @@ func valueText(f Field, v string) string {
 		return fmt.Sprintf("0x%04x", uint16(v[0])<<8|uint16(v[1]))
 	case L4Proto:
 		return protoName(v[0])
-	case IPSaddr, IPDaddr, IP6Saddr, IP6Daddr:
+	case NDTarget:
+		return fmt.Sprintf("0x%x", v)
+	case IPSaddr, IPDaddr, IP6Saddr, IP6Daddr, ARPSaddr:
 		ip, _ := netip.AddrFromSlice([]byte(v))
 		return ip.String()
 	case Sport, Dport:

@@ -4,6 +4,7 @@ package ruleset
 
 import (
 	"net/netip"
+	"time"
 )
 
 // TableID names a table: nftables knows the same name once per family.
@@ -112,7 +113,11 @@ type Set struct {
 	Key      []KeyType
 	Map      bool
 	Interval bool
-	Comment  string           // at most 127 bytes reach the kernel
+	Comment  string // at most 127 bytes reach the kernel
+	// Timeout makes the elements end by themselves. Those of such a set are not the ruleset's: they come and go beside it,
+	// so Diff and read-back leave them alone. Size is how many it can hold; the kernel answers ENFILE to one more.
+	Timeout  time.Duration
+	Size     uint32
 	Elements map[Elem]Verdict // the verdict is the zero value in plain sets
 }
 
@@ -127,7 +132,7 @@ type Chain struct {
 
 // Hook attaches a base chain. The policy of every base chain is accept: what podwall does not know is not its business.
 type Hook struct {
-	Name     string // forward, input, ingress, egress
+	Name     string // prerouting, forward, input, output, ingress, egress
 	Priority int
 	Device   string // ingress and egress hooks: the one device of the chain
 }

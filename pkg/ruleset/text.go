@@ -62,6 +62,9 @@ func (s *Set) write(b *strings.Builder) {
 	if s.Interval {
 		b.WriteString("\t\tflags interval\n")
 	}
+	if s.Timeout > 0 {
+		fmt.Fprintf(b, "\t\tsize %d\n\t\tflags timeout\n\t\ttimeout %s\n", s.Size, s.Timeout)
+	}
 	if s.Comment != "" {
 		fmt.Fprintf(b, "\t\tcomment %q\n", s.Comment)
 	}

@@ -21,6 +21,9 @@ type Packet struct {
 	Sport, Dport uint16
 	ICMPv6Type   uint8
 	HopLimit     uint8
+	TCPFlags     uint8
+	ARPSaddr     netip.Addr
+	NDTarget     netip.Addr
 
 	CT CTState // one bit; zero matches no state
 }
@@ -160,6 +163,8 @@ func (t *tracer) rule(rule Rule) (Verdict, bool, error) {
 			key, ok := t.packet.key(e.Fields)
 			verdict, found, err := t.find(e.Map, key)
 			return verdict, ok && found, err
+		case Flags:
+			matched = t.packet.Proto == ProtoTCP && (t.packet.TCPFlags&e.Mask == e.Value) != e.Not
 		case CTState:
 			matched = e&t.packet.CT != 0
 		case Reject:
@@ -248,6 +253,10 @@ func (p Packet) field(f Field) (string, bool) {
 		return string([]byte{p.HopLimit}), v6
 	case ICMPv6Type:
 		return string([]byte{p.ICMPv6Type}), v6 && p.Proto == ProtoICMPv6
+	case ARPSaddr:
+		return string(p.ARPSaddr.AsSlice()), et == EtherARP
+	case NDTarget:
+		return string(p.NDTarget.AsSlice()), v6 && (p.ICMPv6Type == 135 || p.ICMPv6Type == 136)
 	case Sport:
 		return be16(p.Sport), ports
 	case Dport:
