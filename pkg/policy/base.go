@@ -19,8 +19,9 @@ var (
 )
 
 const (
-	routerAdvertisement = 134
-	redirect            = 137
+	routerAdvertisement    = 134
+	neighbourAdvertisement = 136
+	redirect               = 137
 )
 
 // base renders what does not depend on any pod.
@@ -47,13 +48,18 @@ func (r *renderer) base() {
 		ruleset.NewRule(ruleset.Dispatch{Fields: []ruleset.Field{ruleset.IP6Daddr}, Map: mapIngress6}),
 	}
 	head := []ruleset.Rule{established, common}
-	r.chain(chainEgress, &ruleset.Hook{Name: "forward", Priority: priorityEgress}, head, bySource)
+	first := head // of what packets meet first: it sees to revoked connections
+	if r.in.Options.Cut {
+		r.revocation(established)
+		first = append(first, ruleset.NewRule(ruleset.To(ruleset.Jump, chainRevoked)))
+	}
+	r.chain(chainEgress, &ruleset.Hook{Name: "forward", Priority: priorityEgress}, first, bySource)
 	// What is left is not for a registered address: if it leads to an isolated pod all the same, it is for one that CNI did not
 	// report. (On a bridge the link is not known here, and the port's own chain sees to it.)
 	r.table.Sets[setIsolatedLinks] = &ruleset.Set{Name: setIsolatedLinks, Key: []ruleset.KeyType{ruleset.IfName}, Elements: map[ruleset.Elem]ruleset.Verdict{}}
 	unregistered := dropRule(ruleset.In{Fields: []ruleset.Field{ruleset.OIFName}, Set: setIsolatedLinks})
 	r.chain(chainIngress, &ruleset.Hook{Name: "forward", Priority: priorityIngress}, head, byDestination, []ruleset.Rule{unregistered})
-	node := [][]ruleset.Rule{head, r.nodeRules()}
+	node := [][]ruleset.Rule{first, r.nodeRules()}
 	if !r.in.Options.AllowOwnNode {
 		node = append(node, bySource)
 	}

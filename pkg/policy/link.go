@@ -2,6 +2,7 @@ package policy
 
 import (
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/podwall/podwall/pkg/ruleset"
@@ -10,8 +11,9 @@ import (
 // The chains of an endpoint's host veth. Dispatch by address holds only as long as addresses are true, and it sees nothing of
 // what is not addressed to a registered address (link-local, broadcast, multicast): isolation covers the pod, not its IPs.
 //
-// A routed veth has its chain in the inet table. On a bridge port, frames that are not IP pass by that table, so its chains
-// are in the netdev companion.
+// They are in the netdev companion: what is not IP passes by the inet table. On a bridge port that is whatever the bridge hands on.
+// On a routed veth it is an IP packet behind two tags of VLAN 0: the kernel takes the second one off behind the ingress hook
+// (check_vlan_id in __netif_receive_skb_core), so that a forged source would be routed without having been looked at.
 
 var (
 	linkLocal   = netip.MustParsePrefix("fe80::/10")
@@ -32,15 +34,11 @@ func (r *renderer) linkChain(e *Endpoint, prefix, hook string) *ruleset.Chain {
 	if e.Link == "" {
 		return nil
 	}
-	t := r.table
-	if e.Bridge != "" {
-		t = r.device
-		if len(t.Sets) == 0 {
-			addICMPv6Sets(t)
-		}
+	if len(r.device.Sets) == 0 {
+		addICMPv6Sets(r.device)
 	}
 	c := &ruleset.Chain{Name: prefix + e.ID, Hook: &ruleset.Hook{Name: hook, Priority: priorityDevice, Device: e.Link}}
-	t.Chains[c.Name] = c
+	r.device.Chains[c.Name] = c
 	return c
 }
 
@@ -49,8 +47,13 @@ func (r *renderer) closedLink(e *Endpoint) {
 	r.isolateLink(e)
 	if c := r.linkChain(e, prefixSource, "ingress"); c != nil {
 		// The addresses are for Links: everything is dropped, but the next start may have nothing else to know them by.
-		c.Rules = append(passICMPv6(), dropRule(notOwn(e, ruleset.IPSaddr)...), dropRule(notOwn(e, ruleset.IP6Saddr)...),
-			dropRule().WithComment(e.Name+" quarantine"))
+		c.Rules = []ruleset.Rule{dropRule(notOwn(e, ruleset.IPSaddr)...), dropRule(stranger(e)...)}
+		if e.Bridge != "" {
+			c.Rules = append(c.Rules, neighbourRules(e)...)
+			c.Rules = append(c.Rules, advertisements(e)...)
+		}
+		c.Rules = append(c.Rules, passICMPv6()...)
+		c.Rules = append(c.Rules, dropRule().WithComment(e.Name+" quarantine"))
 	}
 	if e.Bridge == "" {
 		return
@@ -87,15 +90,19 @@ func sourceRules(e *Endpoint, isolated bool) []ruleset.Rule {
 	rules := []ruleset.Rule{
 		dropRule(ruleset.Equal(ruleset.ICMPv6Type, routerAdvertisement)).WithComment(e.Name),
 		dropRule(ruleset.Equal(ruleset.ICMPv6Type, redirect)),
+		dropRule(
+			ruleset.Not(ruleset.Equal16(ruleset.EtherType, ruleset.EtherIPv4)),
+			ruleset.Not(ruleset.Equal16(ruleset.EtherType, ruleset.EtherIPv6)),
+			ruleset.Not(ruleset.Equal16(ruleset.EtherType, ruleset.EtherARP))),
 		ruleset.NewRule(ruleset.Address(ruleset.IPSaddr, netip.IPv4Unspecified()), ruleset.Address(ruleset.IPDaddr, broadcast), udp, ruleset.Equal16(ruleset.Sport, 68), ruleset.Equal16(ruleset.Dport, 67), accept),
 	}
 	if e.Bridge != "" {
-		rules = append(rules, dropRule(
-			ruleset.Not(ruleset.Equal16(ruleset.EtherType, ruleset.EtherIPv4)),
-			ruleset.Not(ruleset.Equal16(ruleset.EtherType, ruleset.EtherIPv6)),
-			ruleset.Not(ruleset.Equal16(ruleset.EtherType, ruleset.EtherARP))))
+		rules = append(rules, neighbourRules(e)...)
 	}
-	rules = append(rules, dropRule(notOwn(e, ruleset.IPSaddr)...))
+	rules = append(rules, dropRule(notOwn(e, ruleset.IPSaddr)...), dropRule(stranger(e)...))
+	if e.Bridge != "" {
+		rules = append(rules, advertisements(e)...)
+	}
 	rules = append(rules, passICMPv6()...)
 	if isolated {
 		return append(rules,
@@ -104,8 +111,53 @@ func sourceRules(e *Endpoint, isolated bool) []ruleset.Rule {
 			dropRule(ruleset.Address(ruleset.IPDaddr, broadcast)),
 			dropRule(ruleset.Prefix{Field: ruleset.IP6Daddr, Prefix: multicast6}))
 	}
-	others := append(notOwn(e, ruleset.IP6Saddr), ruleset.Prefix{Field: ruleset.IP6Saddr, Not: true, Prefix: linkLocal})
-	return append(rules, dropRule(others...))
+	return append(rules, dropRule(ruleset.Address(ruleset.IP6Saddr, netip.IPv6Unspecified())))
+}
+
+// stranger matches IPv6 sources that are neither the endpoint's own nor link-local nor unspecified (duplicate address
+// detection). Neighbour discovery is under it as well: a solicitation from a forged address redirects that address (RFC 4861
+// section 7.2.3).
+func stranger(e *Endpoint) []ruleset.Expr {
+	return append(notOwn(e, ruleset.IP6Saddr),
+		ruleset.Not(ruleset.Address(ruleset.IP6Saddr, netip.IPv6Unspecified())),
+		ruleset.Prefix{Field: ruleset.IP6Saddr, Not: true, Prefix: linkLocal})
+}
+
+// neighbourRules keep a pod on a bridge from taking over the addresses of its neighbours: in ARP it speaks for its own address
+// (or none: a probe, RFC 5227), in neighbour discovery it does not speak for the node's link-local ones. A solicitation teaches
+// its receiver the address that it was sent from, which the other rules hold to be the pod's.
+func neighbourRules(e *Endpoint) []ruleset.Rule {
+	claim := []ruleset.Expr{ruleset.Not(ruleset.Address(ruleset.ARPSaddr, netip.IPv4Unspecified()))}
+	for _, ip := range e.IPs {
+		if ip.Is4() {
+			claim = append(claim, ruleset.Not(ruleset.Address(ruleset.ARPSaddr, ip)))
+		}
+	}
+	rules := []ruleset.Rule{dropRule(claim...)}
+	for _, ip := range e.Gateways {
+		if linkLocal.Contains(ip) {
+			rules = append(rules,
+				dropRule(ruleset.Equal(ruleset.ICMPv6Type, neighbourAdvertisement), ruleset.Address(ruleset.NDTarget, ip)),
+				dropRule(ruleset.Address(ruleset.IP6Saddr, ip)))
+		}
+	}
+	return rules
+}
+
+// advertisements let those pass that are about the pod's own addresses or about link-local ones, and no other: also not one whose
+// target is in a second fragment. Its receiver would ignore fragments (RFC 6980), but br_netfilter hands on the whole message.
+func advertisements(e *Endpoint) []ruleset.Rule {
+	advertisement := ruleset.Equal(ruleset.ICMPv6Type, neighbourAdvertisement)
+	hopLimit := ruleset.Equal(ruleset.IP6HopLimit, 255)
+	var rules []ruleset.Rule
+	for _, ip := range e.IPs {
+		if ip.Is6() {
+			rules = append(rules, ruleset.NewRule(advertisement, hopLimit, ruleset.Address(ruleset.NDTarget, ip), accept))
+		}
+	}
+	return append(rules,
+		ruleset.NewRule(advertisement, hopLimit, ruleset.Prefix{Field: ruleset.NDTarget, Prefix: linkLocal}, accept),
+		dropRule(advertisement))
 }
 
 // deliverRules close a bridge port for what is not addressed to the pod's own addresses. Frames from the node itself, and
@@ -160,8 +212,9 @@ func Links(rs ruleset.Ruleset) map[string]LinkOf {
 			for _, rule := range c.Rules {
 				for _, e := range rule.Exprs {
 					if m, ok := e.(ruleset.Cmp); ok && m.Not && (m.Field == ruleset.IPSaddr || m.Field == ruleset.IP6Saddr) {
-						ip, _ := netip.AddrFromSlice([]byte(m.Value))
-						l.IPs = append(l.IPs, ip)
+						if ip, _ := netip.AddrFromSlice([]byte(m.Value)); !ip.IsUnspecified() && !slices.Contains(l.IPs, ip) {
+							l.IPs = append(l.IPs, ip)
+						}
 					}
 				}
 			}

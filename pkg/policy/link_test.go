@@ -14,18 +14,19 @@ import (
 )
 
 var (
-	own4   = netip.MustParseAddr("10.0.0.1")
-	own6   = netip.MustParseAddr("fd00::1")
-	fe80   = netip.MustParseAddr("fe80::1")
-	other4 = netip.MustParseAddr("10.0.0.2")
-	other6 = netip.MustParseAddr("fd00::2")
+	own4    = netip.MustParseAddr("10.0.0.1")
+	own6    = netip.MustParseAddr("fd00::1")
+	fe80    = netip.MustParseAddr("fe80::1")
+	gateway = netip.MustParseAddr("fe80::ffff")
+	other4  = netip.MustParseAddr("10.0.0.2")
+	other6  = netip.MustParseAddr("fd00::2")
 )
 
 // linkInput is one pod on a veth, isolated or not, closed or not.
 func linkInput(bridge string, isolated, closed bool) Input {
 	pod := &cluster.Pod{Namespace: "ns", Name: "pod"}
 	in := Input{Model: cluster.NewModel(), Options: Options{Table: "podwall"}, Endpoints: []Endpoint{
-		{ID: "x", Name: "ns/pod", Pod: pod, IPs: []netip.Addr{own4, own6}, Link: "veth0", Bridge: bridge},
+		{ID: "x", Name: "ns/pod", Pod: pod, IPs: []netip.Addr{own4, own6}, Link: "veth0", Bridge: bridge, Gateways: []netip.Addr{gateway}},
 	}}
 	if closed {
 		in.Endpoints[0].Pod = nil
@@ -47,6 +48,14 @@ func TestLink(t *testing.T) {
 	}
 	udp := func(src, dst netip.Addr, sport, dport uint16, kind uint8) ruleset.Packet {
 		return ruleset.Packet{Src: src, Dst: dst, Proto: ruleset.ProtoUDP, Sport: sport, Dport: dport, HopLimit: 64, PktType: kind}
+	}
+	advertisement := func(src, target netip.Addr) ruleset.Packet {
+		p := nd(src, 136, 255)
+		p.NDTarget = target
+		return p
+	}
+	arp := func(sender netip.Addr) ruleset.Packet {
+		return ruleset.Packet{EtherType: ruleset.EtherARP, ARPSaddr: sender}
 	}
 	all255 := netip.MustParseAddr("255.255.255.255")
 	for _, tt := range []struct {
@@ -71,9 +80,19 @@ func TestLink(t *testing.T) {
 		{name: "broadcast", hook: "ingress", packet: udp(own4, all255, 1, 1, ruleset.PktBroadcast), open: true},
 		{name: "IPv4 multicast", hook: "ingress", packet: udp(own4, netip.MustParseAddr("224.0.0.251"), 1, 5353, ruleset.PktMulticast), open: true},
 		{name: "IPv6 multicast", hook: "ingress", packet: udp(own6, netip.MustParseAddr("ff02::fb"), 1, 5353, ruleset.PktMulticast), open: true},
-		{name: "ARP", hook: "ingress", packet: ruleset.Packet{EtherType: ruleset.EtherARP}, open: true, isolated: true, bridgeOnly: true},
-		{name: "unknown ethertype", hook: "ingress", packet: ruleset.Packet{EtherType: 0x88b5}, bridgeOnly: true},
-		{name: "VLAN tag", hook: "ingress", packet: ruleset.Packet{EtherType: 0x8100}, bridgeOnly: true},
+		{name: "neighbour solicitation from another's address", hook: "ingress", packet: nd(other6, 135, 255)},
+		{name: "neighbour advertisement of its own address", hook: "ingress", packet: advertisement(own6, own6), open: true, isolated: true, closed: true},
+		{name: "neighbour advertisement of its link-local address", hook: "ingress", packet: advertisement(fe80, fe80), open: true, isolated: true, closed: true},
+		{name: "neighbour advertisement of another's address", hook: "ingress", packet: advertisement(own6, other6), bridgeOnly: true},
+		{name: "neighbour advertisement whose target is in another fragment", hook: "ingress", packet: nd(own6, 136, 255), bridgeOnly: true},
+		{name: "neighbour advertisement from afar", hook: "ingress", packet: func() ruleset.Packet { p := advertisement(own6, own6); p.HopLimit = 64; return p }(), bridgeOnly: true},
+		{name: "neighbour advertisement of the gateway's link-local address", hook: "ingress", packet: advertisement(fe80, gateway), bridgeOnly: true},
+		{name: "from the gateway's link-local address", hook: "ingress", packet: nd(gateway, 135, 255), bridgeOnly: true},
+		{name: "ARP for its own address", hook: "ingress", packet: arp(own4), open: true, isolated: true, bridgeOnly: true},
+		{name: "ARP probe", hook: "ingress", packet: arp(netip.IPv4Unspecified()), open: true, isolated: true, bridgeOnly: true},
+		{name: "ARP for another's address", hook: "ingress", packet: arp(other4), bridgeOnly: true},
+		{name: "unknown ethertype", hook: "ingress", packet: ruleset.Packet{EtherType: 0x88b5}},
+		{name: "VLAN tag", hook: "ingress", packet: ruleset.Packet{EtherType: 0x8100}},
 
 		{name: "bridged to own address", hook: "egress", packet: udp(other4, own4, 1, 1, ruleset.PktOther), open: true, isolated: true, bridgeOnly: true},
 		{name: "bridged to link-local", hook: "egress", packet: udp(fe80, netip.MustParseAddr("fe80::2"), 1, 1, ruleset.PktOther), open: true, bridgeOnly: true},
@@ -135,7 +154,7 @@ func TestUnregistered(t *testing.T) {
 					src = other6
 				}
 				r, err := rs.Trace("forward", ruleset.Packet{
-					IIFName: "eth0", OIFName: tt.oif, Src: src, Dst: dst, Proto: ruleset.ProtoTCP, Sport: 1, Dport: 80, HopLimit: 64, CT: ruleset.New,
+					IIFName: "eth0", OIFName: tt.oif, Src: src, Dst: dst, Proto: ruleset.ProtoTCP, Sport: 1, Dport: 80, HopLimit: 64, CT: ruleset.New, TCPFlags: ruleset.SYN,
 				})
 				if err != nil {
 					t.Fatal(err)

@@ -15,6 +15,13 @@ const (
 	chainCommon     = "common"     // what passes between all pods: neighbour discovery, multicast listeners, DHCP
 	chainQuarantine = "quarantine" // endpoints that are not known
 
+	chainOutput    = "output"     // output hook, filter: what the node sends to pods, for revoked connections only
+	chainRevoked   = "revoked"    // what may come back on a revoked connection
+	chainMidstream = "midstream"  // TCP packets that begin no connection
+	chainDenied    = "denied"     // denied packets that belong to a revoked connection
+	chainCut       = "cut"        // the end of a revoked connection
+	chainBeforeNAT = "prerouting" // prerouting hook, before DNAT: what bridged clients of revoked connections to Services go on sending
+
 	prefixEgress  = "eg_" // per endpoint
 	prefixIngress = "in_" // per endpoint
 	prefixSource  = "as_" // per endpoint: the host veth's ingress hook (anti-spoofing)
@@ -37,12 +44,22 @@ const (
 // setIsolatedLinks are the routed host veths of pods that are isolated for ingress, or closed.
 const setIsolatedLinks = "il"
 
+// Sets of revocation, IPv4 and IPv6.
+var (
+	setCut             = [2]string{"cut4", "cut6"}       // source . port . destination . port . protocol of revoked connections
+	setCutBeforeNAT    = [2]string{"cutnat4", "cutnat6"} // the same as their clients send them, to a Service
+	setEgressIsolated  = [2]string{"ie4", "ie6"}
+	setIngressIsolated = [2]string{"ii4", "ii6"}
+)
+
 // Priorities (linux/netfilter_ipv4.h: NF_IP_PRI_FILTER = 0, NF_IP_PRI_RAW = -300). Egress policy comes first, so that each
 // base chain's accept leaves the other's verdict alone. filter is after DNAT (-100) and before SNAT (100).
 const (
 	priorityEgress  = -1
 	priorityIngress = 0
 	priorityDevice  = -300
+	// Behind conntrack (-200), before DNAT.
+	priorityBeforeNAT = -150
 )
 
 // ID returns a short name for an identity given as parts: 80 bits of SHA-256 over the length-prefixed parts, so that

@@ -24,6 +24,8 @@ type Endpoint struct {
 	Link string
 	// Bridge is the bridge that Link is a port of, or empty when the link is routed.
 	Bridge string
+	// Gateways are the node's own addresses on Bridge, link-local ones included: the pod must not pretend to have them.
+	Gateways []netip.Addr
 	// Device is the interface that the node's routes to the pod lead through, for a pod whose Link is not known. Without either
 	// a packet from the pod to itself cannot be told from one that pretends to be.
 	Device string
@@ -38,6 +40,8 @@ type Options struct {
 	NodeDNS []netip.Addr
 	// Reject answers denied packets instead of dropping them silently.
 	Reject bool
+	// Cut ends connections that a change no longer allows; see Cut and TightenedBy.
+	Cut bool
 }
 
 // Input is everything that a ruleset depends on.
@@ -45,6 +49,8 @@ type Input struct {
 	Model     *cluster.Model
 	Endpoints []Endpoint
 	Options   Options
+	// CutBeforeNAT adds the chain that resets clients of revoked connections before DNAT: while there are some; see Connection.
+	CutBeforeNAT bool
 }
 
 // Problem is something about an object that could not be used as written. What cannot be used matches nothing as a peer and

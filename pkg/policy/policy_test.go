@@ -77,6 +77,8 @@ func load(t *testing.T, archive *txtar.Archive) *scenario {
 		switch key {
 		case "reject":
 			s.input.Options.Reject = true
+		case "cut":
+			s.input.Options.Cut = true
 		case "allow-own-node":
 			s.input.Options.AllowOwnNode = true
 		case "node-dns":
@@ -183,7 +185,7 @@ func (s *scenario) probe(t *testing.T, out Output, line string) int {
 				continue
 			}
 			p := ruleset.Packet{
-				Src: from, Dst: to, Sport: 40000, Dport: uint16(number), HopLimit: 64, CT: ruleset.New,
+				Src: from, Dst: to, Sport: 40000, Dport: uint16(number), HopLimit: 64, CT: ruleset.New, TCPFlags: ruleset.SYN,
 				Proto: map[string]uint8{"tcp": 6, "udp": 17, "sctp": 132, "icmp": 1, "other": 47}[proto],
 			}
 			if proto == "icmp" && !from.Is4() {

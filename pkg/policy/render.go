@@ -97,10 +97,12 @@ func (r *renderer) endpoint(e *Endpoint) {
 	if in != nil {
 		r.podChain(e, prefixIngress, "ingress", in, r.ingressChain)
 		r.dispatch(e, mapIngress4, mapIngress6, prefixIngress+e.ID)
+		r.isolate(e, setIngressIsolated)
 	}
 	if out != nil {
 		r.podChain(e, prefixEgress, "egress", out, func(c *compiled, _ *cluster.Pod) string { return r.egressChain(c) })
 		r.dispatch(e, mapEgress4, mapEgress6, prefixEgress+e.ID)
+		r.isolate(e, setEgressIsolated)
 	}
 	r.openLink(e, in != nil, out != nil)
 	r.verdicts[e.ID] = Verdicts{Ingress: policyNames(in), Egress: policyNames(out)}
@@ -163,7 +165,11 @@ func (r *renderer) hairpin(e *Endpoint, prefix string) []ruleset.Rule {
 // deny ends an endpoint's chain.
 func (r *renderer) deny() []ruleset.Rule {
 	if !r.in.Options.Reject {
-		return []ruleset.Rule{ruleset.NewRule(ruleset.Counter{}, drop)}
+		rules := []ruleset.Rule{ruleset.NewRule(ruleset.Counter{}, drop)}
+		if r.in.Options.Cut {
+			rules = slices.Insert(rules, 0, ruleset.NewRule(ruleset.To(ruleset.Jump, chainDenied)))
+		}
+		return rules
 	}
 	return []ruleset.Rule{
 		ruleset.NewRule(ruleset.Equal(ruleset.L4Proto, ruleset.ProtoTCP), ruleset.Counter{}, ruleset.Reject{TCPReset: true}),
