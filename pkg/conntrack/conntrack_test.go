@@ -19,7 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-func newNS(t *testing.T) netns.NsHandle {
+func newNS(t testing.TB) netns.NsHandle {
 	t.Helper()
 	runtime.LockOSThread()
 	orig, err := netns.Get()
@@ -98,12 +98,20 @@ func port(t *testing.T, ns netns.NsHandle, name string, addrs []string, gateways
 	}
 }
 
-const vip = "10.9.9.9"
+const (
+	vip  = "10.9.9.9"
+	vip6 = "fd09::9"
+	// masked is a client whose address the router replaces by its own, routerIP.
+	masked   = "10.1.0.4"
+	routerIP = "10.2.0.1"
+)
 
-// testbed is a client and a server namespace with a router between them that tracks connections and has one VIP.
+// testbed is a client and a server namespace with a router between them that tracks connections and has a VIP of each family.
+// The router's ruleset notes the tuples of the connections that its forward hook sees.
 type testbed struct {
 	client, router, server netns.NsHandle
 	table                  *Table
+	ct                     *netlink.Handle // the router's table, for what is not under test
 }
 
 func newTestbed(t *testing.T) *testbed {
@@ -129,7 +137,7 @@ func newTestbed(t *testing.T) *testbed {
 			t.Fatal(err)
 		}
 	}
-	port(t, b.client, "eth0", []string{"10.1.0.2/24", "10.1.0.3/24", "fd01::2/64", "fd01::3/64"}, "10.1.0.1", "fd01::1")
+	port(t, b.client, "eth0", []string{"10.1.0.2/24", "10.1.0.3/24", masked + "/24", "fd01::2/64", "fd01::3/64"}, "10.1.0.1", "fd01::1")
 	port(t, b.server, "eth0", []string{"10.2.0.2/24", "10.2.0.3/24", "fd02::2/64"}, "10.2.0.1", "fd02::1")
 	port(t, b.router, "c", []string{"10.1.0.1/24", "fd01::1/64"})
 	port(t, b.router, "s", []string{"10.2.0.1/24", "fd02::1/64"})
@@ -141,8 +149,32 @@ func newTestbed(t *testing.T) *testbed {
 		}
 		cmd := exec.Command("nft", "-f", "-")
 		cmd.Stdin = strings.NewReader(`
-			table inet track { chain forward { type filter hook forward priority 0; ct state established accept; }; }
-			table ip nat { chain pre { type nat hook prerouting priority -100; ip daddr ` + vip + ` dnat to 10.2.0.3; }; }`)
+			table inet track {
+				set seen { type inet_proto . ipv4_addr . inet_service . ipv4_addr . inet_service; size 1000; flags dynamic; }
+				set seen6 { type inet_proto . ipv6_addr . inet_service . ipv6_addr . inet_service; size 1000; flags dynamic; }
+				set pings { type inet_proto . ipv4_addr . ipv4_addr; size 1000; flags dynamic; }
+				set pings6 { type inet_proto . ipv6_addr . ipv6_addr; size 1000; flags dynamic; }
+				chain forward {
+					type filter hook forward priority 0
+					ct state established accept
+					meta l4proto { tcp, udp } add @seen { meta l4proto . ip saddr . th sport . ip daddr . th dport }
+					meta l4proto { tcp, udp } add @seen6 { meta l4proto . ip6 saddr . th sport . ip6 daddr . th dport }
+					meta l4proto icmp add @pings { meta l4proto . ip saddr . ip daddr }
+					meta l4proto ipv6-icmp add @pings6 { meta l4proto . ip6 saddr . ip6 daddr }
+				}
+			}
+			table ip nat {
+				chain pre {
+					type nat hook prerouting priority -100
+					ip daddr ` + vip + ` tcp dport 80 dnat to 10.2.0.2:5000
+					ip daddr ` + vip + ` dnat to 10.2.0.3
+				}
+				chain post {
+					type nat hook postrouting priority 100
+					ip saddr ` + masked + ` snat to ` + routerIP + `
+				}
+			}
+			table ip6 nat { chain pre { type nat hook prerouting priority -100; ip6 daddr ` + vip6 + ` dnat to fd02::2; }; }`)
 		if out, err := cmd.CombinedOutput(); err != nil {
 			return fmt.Errorf("nft: %w: %s", err, out)
 		}
@@ -152,6 +184,10 @@ func newTestbed(t *testing.T) *testbed {
 		t.Fatal(err)
 	}
 	t.Cleanup(b.table.Close)
+	if b.ct, err = netlink.NewHandleAt(b.router, unix.NETLINK_NETFILTER); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(b.ct.Close)
 	return b
 }
 
@@ -205,7 +241,7 @@ func (b *testbed) entries(t *testing.T) []string {
 	t.Helper()
 	var out []string
 	for _, family := range []netlink.InetFamily{unix.AF_INET, unix.AF_INET6} {
-		flows, err := b.table.handle.ConntrackTableList(netlink.ConntrackTable, family)
+		flows, err := b.ct.ConntrackTableList(netlink.ConntrackTable, family)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -229,8 +265,9 @@ func TestForget(t *testing.T) {
 		service  = "10.1.0.3>10.9.9.9 10.2.0.3>10.1.0.3"
 		pod6     = "fd01::2>fd02::2 fd02::2>fd01::2"
 		otherPod = "fd01::3>fd02::2 fd02::2>fd01::3"
+		behind   = "10.1.0.4>10.2.0.2 10.2.0.2>10.2.0.1"
 	)
-	all := []string{pod, other, service, pod6, otherPod}
+	all := []string{pod, other, service, pod6, otherPod, behind}
 	for _, tt := range []struct {
 		name   string
 		forget []string
@@ -242,11 +279,16 @@ func TestForget(t *testing.T) {
 		{"the reply source behind a service", []string{"10.2.0.3"}, []string{service}},
 		{"the original destination", []string{vip}, []string{service}},
 		{"both families", []string{"10.1.0.2", "fd01::2"}, []string{pod, pod6}},
-		{"a server", []string{"10.2.0.2"}, []string{pod, other}},
+		{"the reply destination", []string{routerIP}, []string{behind}},
+		{"the original source behind SNAT", []string{masked}, []string{behind}},
+		{"a server", []string{"10.2.0.2"}, []string{pod, other, behind}},
+		{"a server in IPv6", []string{"fd02::2"}, []string{pod6, otherPod}},
+		{"several", []string{"10.1.0.2", vip, routerIP, "10.1.0.99"}, []string{pod, service, behind}},
+		{"no address", []string{""}, nil},
 		{"an IPv4 address in IPv6 form", []string{"::ffff:10.1.0.2"}, []string{pod}},
-		{"everything", []string{"10.1.0.2", "10.1.0.3", "fd02::2"}, all},
+		{"everything", []string{"10.1.0.2", "10.1.0.3", masked, "fd02::2"}, all},
 	} {
-		for _, f := range [][2]string{{"10.1.0.2", "10.2.0.2"}, {"10.1.0.3", "10.2.0.2"}, {"10.1.0.3", vip}, {"fd01::2", "fd02::2"}, {"fd01::3", "fd02::2"}} {
+		for _, f := range [][2]string{{"10.1.0.2", "10.2.0.2"}, {"10.1.0.3", "10.2.0.2"}, {"10.1.0.3", vip}, {masked, "10.2.0.2"}, {"fd01::2", "fd02::2"}, {"fd01::3", "fd02::2"}} {
 			b.talk(t, f[0], f[1])
 		}
 		if d := cmp.Diff(sorted(all), b.entries(t)); d != "" {
@@ -254,7 +296,8 @@ func TestForget(t *testing.T) {
 		}
 		var ips []netip.Addr
 		for _, ip := range tt.forget {
-			ips = append(ips, netip.MustParseAddr(ip))
+			addr, _ := netip.ParseAddr(ip) // the zero Addr for ""
+			ips = append(ips, addr)
 		}
 		n, err := b.table.Forget(ips)
 		if err != nil || n != len(tt.gone) {
@@ -264,9 +307,92 @@ func TestForget(t *testing.T) {
 		if d := cmp.Diff(want, b.entries(t), cmp.Transformer("sort", sorted)); d != "" {
 			t.Errorf("%s: after (-want +got):\n%s", tt.name, d)
 		}
-		if err := b.table.handle.ConntrackTableFlush(netlink.ConntrackTable); err != nil {
+		if err := b.ct.ConntrackTableFlush(netlink.ConntrackTable); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// TestForgetPickedUp holds that a connection of which the kernel has seen the SYN is told from one that it met in the middle, and
+// that it stays told when nobody tracks for a moment.
+func TestForgetPickedUp(t *testing.T) {
+	t.Parallel()
+	b := newTestbed(t)
+	ip := netip.MustParseAddr("10.1.0.2")
+	var server, client net.Conn
+	in(t, b.server, func() error {
+		l, err := net.Listen("tcp", "10.2.0.2:5001")
+		if err != nil {
+			return err
+		}
+		defer l.Close()
+		in(t, b.client, func() error {
+			d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(ip, 0)), Timeout: 5 * time.Second}
+			client, err = d.DialContext(t.Context(), "tcp", l.Addr().String())
+			return err
+		})
+		server, err = l.Accept()
+		return err
+	})
+	t.Cleanup(func() { _ = errors.Join(client.Close(), server.Close()) })
+	say := func(from, to net.Conn) {
+		t.Helper()
+		if _, err := from.Write([]byte("x")); err != nil {
+			t.Fatal(err)
+		}
+		if err := to.SetReadDeadline(time.Now().Add(5 * time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := to.Read(make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	forget := func(when string, want int) {
+		t.Helper()
+		if n, err := b.table.ForgetPickedUp([]netip.Addr{ip}); n != want || err != nil {
+			t.Errorf("%s: ForgetPickedUp = %d, %v, want %d", when, n, err, want)
+		}
+	}
+	nft := func(text string) {
+		t.Helper()
+		in(t, b.router, func() error {
+			out, err := exec.CommandContext(t.Context(), "nft", text).CombinedOutput()
+			if err != nil {
+				return fmt.Errorf("nft: %w: %s", err, out)
+			}
+			return nil
+		})
+	}
+	rules := func() string {
+		t.Helper()
+		var text []byte
+		in(t, b.router, func() error {
+			var err error
+			text, err = exec.CommandContext(t.Context(), "nft", "list", "ruleset").Output()
+			return err
+		})
+		return string(text)
+	}()
+	say(client, server)
+	say(server, client)
+	forget("whose SYN was seen", 0)
+	nft("flush ruleset") // the last that needs tracking: its hooks go
+	say(client, server)
+	say(server, client)
+	nft(rules)
+	say(server, client)
+	say(client, server)
+	forget("whose SYN was seen, after a moment without tracking", 0)
+	if n, err := b.table.Forget([]netip.Addr{ip}); n != 1 || err != nil {
+		t.Fatalf("Forget = %d, %v, want 1", n, err)
+	}
+	say(server, client)
+	say(client, server)
+	forget("which the server went on with", 1)
+	say(client, server)
+	forget("which the client went on with", 1)
+	if n, err := b.table.ForgetPickedUp([]netip.Addr{netip.MustParseAddr("10.1.0.99")}); n != 0 || err != nil {
+		t.Errorf("of a stranger: ForgetPickedUp = %d, %v", n, err)
 	}
 }
 
