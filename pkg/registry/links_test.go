@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -15,6 +16,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 
 	"github.com/podwall/podwall/pkg/attach"
 )
@@ -115,24 +117,97 @@ func TestToward(t *testing.T) {
 	}
 }
 
-// TestShowBridged holds that a bridge shows its packets whatever happens to the sysctl afterwards.
+// switchOff hides all bridged packets of the namespace, as an installer of something else does.
+func switchOff(t *testing.T) {
+	t.Helper()
+	for _, c := range callBridge {
+		must(t, os.WriteFile(filepath.Join(bridgeSysctls, c.sysctl), []byte("0"), 0o600))
+	}
+}
+
+// TestShowBridged holds that a bridge shows its packets whatever happens to the sysctl afterwards, and other bridges do not.
 func TestShowBridged(t *testing.T) {
 	t.Parallel()
 	inNetNS(t)
-	addBridge(t, "br0")
-	for _, c := range callBridge {
-		must(t, os.WriteFile(c.sysctl, []byte("0"), 0o600))
-	}
-	must(t, Links{}.ShowBridged("br0"))
-	for _, attr := range []string{"nf_call_iptables", "nf_call_ip6tables"} {
-		// sysfs shows the namespace that mounted it, so a netlink dump is asked: the attribute is in the bridge's own data.
-		if got := bridgeOption(t, attr); got != "1" {
-			t.Errorf("%s is %s", attr, got)
+	bridge := addBridge(t, "br0")
+	addBridge(t, "br1")
+	veth := addVeth(t)
+	must(t, netlink.LinkSetMaster(veth, bridge))
+	hidden := func(want bool) {
+		t.Helper()
+		got, err := Links{}.Lookup(attach.HostLink{Name: "veth0", Index: veth.Attrs().Index})
+		must(t, err)
+		if got.Hidden != want {
+			t.Errorf("hidden: %v, want %v", got.Hidden, want)
 		}
 	}
-	if err := (Links{}).ShowBridged("nobody"); err == nil || !strings.Contains(err.Error(), "sysctl -w net.bridge.bridge-nf-call-iptables=1") {
-		t.Errorf("a bridge that cannot be set: %v, want an error with the remedy", err)
+	hidden(false) // by the sysctl, which is on in a new namespace
+	switchOff(t)
+	hidden(true)
+	options := func(bridge, want string) {
+		t.Helper()
+		for _, c := range callBridge {
+			// sysfs shows the namespace that mounted it, so a netlink dump is asked: the attribute is in the bridge's own data.
+			if got := bridgeOption(t, bridge, c.option); got != want {
+				t.Errorf("%s of %s is %s, want %s", c.option, bridge, got, want)
+			}
+		}
 	}
+	options("br0", "0")
+	must(t, Links{}.ShowBridged("br0"))
+	hidden(false)
+	options("br0", "1")
+	options("br1", "0")
+
+	for _, c := range callBridge { // one of them is enough to be open
+		must(t, setBridgeAttr(bridge, c.attr, 0))
+		hidden(true)
+		must(t, Links{}.ShowBridged("br0"))
+		hidden(false)
+	}
+	if err := (Links{}).ShowBridged("nobody"); err == nil || !strings.Contains(err.Error(), "bridge nobody") {
+		t.Errorf("a bridge that does not exist: %v", err)
+	}
+}
+
+// TestShowBridgedRefused holds that a bridge is not taken for shown because nothing has failed: it is read back.
+func TestShowBridgedRefused(t *testing.T) {
+	t.Parallel()
+	inNetNS(t)
+	addBridge(t, "br0")
+	switchOff(t)
+	ignore := func(netlink.Link, int, uint8) error { return nil }
+	only4 := func(bridge netlink.Link, attr int, value uint8) error {
+		if attr == callBridge[0].attr {
+			return setBridgeAttr(bridge, attr, value)
+		}
+		return unix.EOPNOTSUPP
+	}
+	for _, tt := range []struct {
+		name  string
+		links Links
+		want  []string
+	}{
+		{"module missing", Links{sysctls: t.TempDir()}, []string{"modprobe br_netfilter"}},
+		{"not permitted", Links{set: func(netlink.Link, int, uint8) error { return unix.EPERM }}, []string{"IPv4", unix.EPERM.Error(), "sysctl -w net.bridge.bridge-nf-call-iptables=1"}},
+		{"no effect", Links{set: ignore}, []string{"IPv4", "off again", "sysctl -w net.bridge.bridge-nf-call-iptables=1"}},
+		{"IPv6 not supported", Links{set: only4}, []string{"IPv6", unix.EOPNOTSUPP.Error(), "sysctl -w net.bridge.bridge-nf-call-ip6tables=1"}},
+	} {
+		err := tt.links.ShowBridged("br0")
+		if err == nil {
+			t.Errorf("%s: no error", tt.name)
+			continue
+		}
+		for _, want := range append(tt.want, "bridge br0") {
+			if !strings.Contains(err.Error(), want) {
+				t.Errorf("%s: %q does not contain %q", tt.name, err, want)
+			}
+		}
+	}
+	for _, c := range callBridge { // then the attribute is not needed
+		must(t, os.WriteFile(filepath.Join(bridgeSysctls, c.sysctl), []byte("1"), 0o600))
+	}
+	must(t, Links{set: func(netlink.Link, int, uint8) error { return unix.EPERM }}.ShowBridged("br0"))
 }
 
 // TestWatch holds that the end of a link is told.
@@ -177,10 +252,10 @@ func TestWatch(t *testing.T) {
 	}
 }
 
-// bridgeOption reads an option of br0 as iproute2 shows it.
-func bridgeOption(t *testing.T, name string) string {
+// bridgeOption reads an option of a bridge as iproute2 shows it.
+func bridgeOption(t *testing.T, bridge, name string) string {
 	t.Helper()
-	out, err := exec.CommandContext(t.Context(), "ip", "-d", "link", "show", "br0").Output() // inherits the thread's namespace
+	out, err := exec.CommandContext(t.Context(), "ip", "-d", "link", "show", bridge).Output() // inherits the thread's namespace
 	must(t, err)
 	fields := strings.Fields(string(out))
 	if i := slices.Index(fields, name); i >= 0 && i+1 < len(fields) {

@@ -15,6 +15,7 @@ import (
 	"sync"
 
 	"github.com/google/renameio/v2"
+	"golang.org/x/sys/unix"
 
 	"github.com/podwall/podwall/pkg/attach"
 )
@@ -26,6 +27,9 @@ type Entry struct {
 	Seq uint64 `json:"seq"`
 	// Detached says that DEL has been here: the endpoint stays closed until its host veth is gone.
 	Detached bool `json:"detached,omitempty"`
+	// Opened says that the ADD was finished: the addresses had been closed and their former connections forgotten, and then the
+	// pod's policies were in force. Files of older versions do not say it.
+	Opened bool `json:"opened,omitempty"`
 }
 
 // Registry is safe for concurrent use. Its files are on tmpfs in practice: they vanish on reboot, as the veths do.
@@ -88,9 +92,20 @@ func (r *Registry) save(e *Entry) error {
 		return fmt.Errorf("save registration %s: %w", e.Key, err)
 	}
 	if err := renameio.WriteFile(r.path(e.Key), data, 0o600, renameio.WithTempDir(r.dir)); err != nil {
-		return fmt.Errorf("save registration %s: %w", e.Key, err)
+		return fmt.Errorf("save registration %s: %w", e.Key, withRemedy(err, r.dir))
 	}
 	return nil
+}
+
+// withRemedy says what to do about a directory that takes no more files.
+func withRemedy(err error, dir string) error {
+	switch {
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
+		return fmt.Errorf("%w; make room on the file system of %s", err, dir)
+	case errors.Is(err, unix.EROFS):
+		return fmt.Errorf("%w; mount the file system of %s writable (podwalld's --state-dir)", err, dir)
+	}
+	return err
 }
 
 // Put registers an attachment as the newest. Repeating the same one keeps its place and reports false.
@@ -127,6 +142,23 @@ func (r *Registry) Detach(k attach.Key) (Entry, bool, error) {
 	return e, true, r.save(&e)
 }
 
+// MarkOpened marks an attachment as opened, unless DEL or a newer ADD has come: the mark outlives the tables.
+func (r *Registry) MarkOpened(k attach.Key, seq uint64) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	old := r.entries[k]
+	if old == nil || old.Seq != seq || old.Detached || old.Opened {
+		return nil
+	}
+	e := *old
+	e.Opened = true
+	if err := r.save(&e); err != nil {
+		return err
+	}
+	r.entries[k] = &e
+	return nil
+}
+
 // Remove forgets an attachment and its file, unless a newer ADD has taken its place.
 func (r *Registry) Remove(k attach.Key, seq uint64) error {
 	r.mu.Lock()
@@ -136,7 +168,7 @@ func (r *Registry) Remove(k attach.Key, seq uint64) error {
 	}
 	delete(r.entries, k)
 	if err := os.Remove(r.path(k)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("remove registration %s: %w", k, err)
+		return fmt.Errorf("remove registration %s: %w", k, withRemedy(err, r.dir))
 	}
 	return nil
 }

@@ -3,6 +3,7 @@ package registry
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -89,6 +90,79 @@ func TestReADDAfterDELIsNew(t *testing.T) {
 	}
 	if e := put(t, r, attachment("a", "eth0", "10.0.0.1"), true); e.Detached {
 		t.Error("it is still detached")
+	}
+}
+
+// TestMarkOpened holds that the mark is of one ADD, and outlives the process.
+func TestMarkOpened(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	r := open(t, dir, 0)
+	mark := func(r *Registry, e Entry) {
+		t.Helper()
+		if err := r.MarkOpened(e.Key, e.Seq); err != nil {
+			t.Error(err)
+		}
+	}
+	want := func(r *Registry, opened, detached bool) {
+		t.Helper()
+		for name, r := range map[string]*Registry{"memory": r, "file": open(t, dir, 0)} {
+			if e, ok := r.Get(attachment("a", "eth0", "10.0.0.1").Key); !ok || e.Opened != opened || e.Detached != detached {
+				t.Errorf("%s: %+v, %v, want opened %v, detached %v", name, e, ok, opened, detached)
+			}
+		}
+	}
+	e := put(t, r, attachment("a", "eth0", "10.0.0.1"), true)
+	want(r, false, false)
+	mark(r, e)
+	want(r, true, false)
+	put(t, r, attachment("a", "eth0", "10.0.0.1"), false) // repeated: the same ADD
+	r = open(t, dir, 0)
+	want(r, true, false)
+	if _, _, err := r.Detach(e.Key); err != nil {
+		t.Fatal(err)
+	}
+	young := put(t, r, attachment("a", "eth0", "10.0.0.1"), true)
+	want(r, false, false)
+	mark(r, e) // of the former ADD
+	want(r, false, false)
+	if _, _, err := r.Detach(e.Key); err != nil {
+		t.Fatal(err)
+	}
+	mark(r, young) // DEL was faster
+	want(r, false, true)
+	if err := r.Remove(young.Key, young.Seq); err != nil {
+		t.Fatal(err)
+	}
+	mark(r, young)
+	if left, err := os.ReadDir(dir); err != nil || len(left) != 0 {
+		t.Errorf("files left: %v, %v", left, err)
+	}
+}
+
+// BenchmarkRegister is what an ADD writes, without and with the mark that it was finished. It belongs on a tmpfs (TMPDIR=/dev/shm).
+func BenchmarkRegister(b *testing.B) {
+	for _, marked := range []bool{false, true} {
+		b.Run(fmt.Sprintf("marked=%v", marked), func(b *testing.B) {
+			r, _, err := Open(b.TempDir())
+			if err != nil {
+				b.Fatal(err)
+			}
+			a := attachment("a", "eth0", "10.0.0.1")
+			for i := 0; b.Loop(); i++ {
+				a.HostLink.Index = 3 + i // another ADD
+				e, fresh, err := r.Put(a)
+				if err != nil || !fresh {
+					b.Fatal(fresh, err)
+				}
+				if !marked {
+					continue
+				}
+				if err := r.MarkOpened(e.Key, e.Seq); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
 	}
 }
 
