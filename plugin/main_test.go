@@ -333,6 +333,12 @@ func TestLifeOfAnAttachment(t *testing.T) {
 			}
 
 			check := n.call("CHECK", stdin)
+			for range 10 { // it asks once, for a second, which a busy machine may take for itself
+				if check.code != 11 {
+					break
+				}
+				check = n.call("CHECK", stdin)
+			}
 			if noCheck := version[:3] == "0.3"; noCheck && check.code != 1 || !noCheck && check.exit != 0 {
 				t.Errorf("CHECK: %s", check.stdout)
 			}

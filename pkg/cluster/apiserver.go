@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
+	"net/http"
 	"reflect"
 	"sync"
 	"sync/atomic"
@@ -246,11 +248,56 @@ func RESTClient(kubeconfig string) (kubernetes.Interface, error) {
 	config.ContentType = runtime.ContentTypeProtobuf
 	// Three lists and three watches are all there is; the burst lets them start at once after an API server's restart.
 	config.QPS, config.Burst = 10, 20
+	config.Wrap(func(rt http.RoundTripper) http.RoundTripper { return impatient{rt, answerTimeout} })
 	client, err := kubernetes.NewForConfig(config)
 	if err != nil {
 		return nil, fmt.Errorf("create API client for %s: %w", config.Host, err)
 	}
 	return client, nil
+}
+
+// answerTimeout is how long an API server may take to begin its answer: it ends requests that are no watches after a minute itself,
+// and begins the answer to a watch at once. Behind some load balancers a server that has gone is a connection that says nothing.
+const answerTimeout = 70 * time.Second
+
+// impatient gives up requests whose answer has not begun in time. What is begun may take forever, as a watch does.
+type impatient struct {
+	http.RoundTripper
+	timeout time.Duration
+}
+
+// RoundTrip implements http.RoundTripper.
+func (i impatient) RoundTrip(r *http.Request) (*http.Response, error) {
+	ctx, cancel := context.WithCancelCause(r.Context())
+	timer := time.AfterFunc(i.timeout, func() {
+		cancel(fmt.Errorf("no answer from %s within %s; look whether the API server, or a proxy before it, hangs", r.URL.Host, i.timeout))
+	})
+	resp, err := i.RoundTripper.RoundTrip(r.WithContext(ctx))
+	if !timer.Stop() && err == nil { // too late
+		err = errors.Join(context.Cause(ctx), resp.Body.Close())
+		resp = nil
+	}
+	if err != nil {
+		if cause := context.Cause(ctx); cause != nil && r.Context().Err() == nil {
+			err = cause
+		}
+		cancel(nil)
+		return nil, err
+	}
+	resp.Body = &cancelBody{resp.Body, cancel}
+	return resp, nil
+}
+
+// cancelBody releases a request's context with its answer.
+type cancelBody struct {
+	io.ReadCloser
+	cancel context.CancelCauseFunc
+}
+
+// Close implements io.Closer.
+func (b *cancelBody) Close() error {
+	defer b.cancel(nil)
+	return b.ReadCloser.Close()
 }
 
 func restConfig(kubeconfig string) (*rest.Config, error) {

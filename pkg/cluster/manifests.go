@@ -29,6 +29,8 @@ const (
 	timesTrusted = 2 * time.Second
 	// How often a directory that changes all the time is walked again before a file counts as deleted.
 	maxWalks = 5
+	// For how long a directory that never rests while it is walked keeps files that the walks did not find.
+	maxUnrest = 30 * time.Second
 )
 
 // Manifests is the source that reads a directory of manifests and follows its changes.
@@ -51,6 +53,7 @@ type Manifests struct {
 	applied     map[Key]Object
 	found       []Problem         // of the last load
 	complete    bool              // the last load saw everything there is
+	unrest      time.Time         // since when files are missed and the directory has not rested during a load
 	stale       bool              // the cache may hold files that are gone
 	unusable    map[string]string // the reason, by name in the cache
 	cacheFault  string            // why the cache cannot be read or written
@@ -165,26 +168,39 @@ func (m *Manifests) settle(ctx context.Context, events <-chan fsnotify.Event) {
 
 // load reads what has changed, gives the differences to sink and returns when to look again, if not 0.
 func (m *Manifests) load(ctx context.Context, sink Sink) time.Duration {
-	tree := m.walk()
-	for range maxWalks {
-		if !m.misses(tree.files) {
-			break
-		}
-		// A file that moves while the tree is walked is in neither place: what is gone must be gone twice.
-		again := m.walk()
-		same := slices.Equal(again.files, tree.files)
-		if tree = again; same {
-			break
-		}
-	}
-	problems := tree.problems
-
 	var again time.Duration
 	retry := func(after time.Duration) {
 		if after > 0 && (again == 0 || after < again) {
 			again = after
 		}
 	}
+	tree := m.walk()
+	missing := m.misses(tree.files)
+	for range maxWalks {
+		if !missing {
+			break
+		}
+		// A file that moves while the tree is walked is in neither place: what is gone must be gone twice, and nothing may have
+		// happened meanwhile.
+		again := m.walk()
+		same := slices.Equal(again.files, tree.files)
+		if tree = again; same {
+			break
+		}
+	}
+	if missing && m.disturbed() {
+		if m.unrest.IsZero() {
+			m.unrest = time.Now()
+		}
+		if time.Since(m.unrest) < maxUnrest {
+			tree.lost[m.dir] = nil
+		}
+		retry(settleQuiet)
+	} else {
+		m.unrest = time.Time{}
+	}
+	problems := tree.problems
+
 	deadline := time.Now().Add(settleMax)
 	for _, name := range tree.files {
 		f := m.files[name]
@@ -237,6 +253,22 @@ func (m *Manifests) load(ctx context.Context, sink Sink) time.Duration {
 		sink.Apply(changes...)
 	}
 	return again
+}
+
+// disturbed reports whether the directory has changed since the events were last taken. They stay taken: a load is due then.
+func (m *Manifests) disturbed() bool {
+	if m.watcher == nil {
+		return false
+	}
+	changed := false
+	for {
+		select {
+		case e := <-m.watcher.Events:
+			changed = changed || e.Op != fsnotify.Chmod
+		case <-time.After(time.Millisecond): // fsnotify hands over one at a time
+			return changed
+		}
+	}
 }
 
 // misses reports whether a file that is known is not among sorted names.

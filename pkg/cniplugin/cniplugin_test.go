@@ -219,6 +219,8 @@ func TestAddRefusesBadInput(t *testing.T) {
 		"null prevResult":              {`,"prevResult":null`, "", 7, []string{"chained"}},
 		"prevResult no object":         {`,"prevResult":"x"`, "", 6, []string{"prevResult"}},
 		"prevResult bad IP":            {`,"prevResult":{"ips":[{"address":"10.0.0.1"}]}`, "", 6, []string{"prevResult"}},
+		"prevResult null IP":           {`,"prevResult":{"ips":[null]}`, "", 6, []string{"prevResult", "ips has null"}},
+		"prevResult null interface":    {`,"prevResult":{"interfaces":[null],"ips":[{"address":"10.0.0.1/24"}]}`, "", 6, []string{"interfaces has null"}},
 		"prevResult no IP":             {`,"prevResult":{"interfaces":[{"name":"eth0"}]}`, "", 7, []string{"no IP for eth0"}},
 		"IPs of others only":           {`,"prevResult":{"interfaces":[{"name":"eth1"}],"ips":[{"interface":0,"address":"10.0.0.1/24"}]}`, "", 7, []string{"no IP for eth0"}},
 		"index too high":               {`,"prevResult":{"interfaces":[{"name":"eth0"}],"ips":[{"interface":1,"address":"10.0.0.1/24"}]}`, "", 7, []string{"10.0.0.1", "interface 1"}},

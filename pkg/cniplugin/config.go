@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
@@ -150,6 +151,9 @@ func (c *config) previous() (*previous, error) {
 	if err := json.Unmarshal(raw, &conf.RawPrevResult); err != nil {
 		return nil, bad(err)
 	}
+	if err := noNulls(conf.RawPrevResult); err != nil {
+		return nil, bad(err)
+	}
 	if err := version.ParsePrevResult(&conf); err != nil {
 		return nil, bad(err)
 	}
@@ -165,6 +169,18 @@ func (c *config) previous() (*previous, error) {
 		return nil, bad(err)
 	}
 	return &previous{out: out, result: *result}, nil
+}
+
+// noNulls refuses lists with null in them: types of CNI follow them as pointers when they convert between versions.
+func noNulls(result map[string]any) error {
+	for key, value := range result {
+		list, _ := value.([]any)
+		known := func(k string) bool { return strings.EqualFold(k, key) } // as encoding/json does
+		if slices.ContainsFunc([]string{"interfaces", "ips", "routes"}, known) && slices.Contains(list, nil) {
+			return fmt.Errorf("%s has null in it: the main plugin is at fault", key)
+		}
+	}
+	return nil
 }
 
 // podIPs returns the addresses of ifname: those without an interface and those whose interface has its name. The sandbox does not count,
