@@ -16,7 +16,7 @@ import (
 	"github.com/podwall/podwall/pkg/attach"
 )
 
-// Attach dials again for this long, to bridge the moment in which a daemon is replaced.
+// Attach asks again for this long, to bridge the moment in which a daemon is replaced.
 const (
 	dialRetryFor = 3 * time.Second
 	dialRetryMin = 50 * time.Millisecond
@@ -126,7 +126,8 @@ type request struct {
 	silent       uint
 }
 
-// unreachable is a daemon that did not answer; retry says that it did not even accept the connection, and may soon.
+// unreachable is a daemon that did not answer; retry says that there was none, or that it ended the connection without a word: it went
+// away, or it had too many callers. The next one may answer.
 type unreachable struct {
 	err   *Error
 	retry bool
@@ -177,6 +178,9 @@ func (c *Client) do(ctx context.Context, req request) error {
 	return nil
 }
 
+// closedIdle is net/http's errServerClosedIdle, which it does not export: the connection ended between its being made and the request.
+const closedIdle = "http: server closed idle connection"
+
 // noAnswer names the socket and what to do: pods cannot start on this node until somebody reads this.
 func (c *Client) noAnswer(req request, err error) error {
 	if urlErr, ok := errors.AsType[*url.Error](err); ok {
@@ -184,7 +188,8 @@ func (c *Client) noAnswer(req request, err error) error {
 	}
 	var dial *dialError
 	// EAGAIN is a full backlog (connect(2), unix(7)).
-	retry := errors.As(err, &dial) && (errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.EAGAIN))
+	retry := errors.As(err, &dial) && (errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.EAGAIN)) ||
+		dial == nil && (errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || err.Error() == closedIdle)
 	return &unreachable{retry: retry, err: &Error{
 		Code: req.silent,
 		Msg: fmt.Sprintf("no answer from podwalld on %s: is podwalld running on this node? to remove podwall from the node run podwall-install uninstall",

@@ -14,18 +14,32 @@ import (
 	"github.com/podwall/podwall/pkg/attach"
 )
 
+// How many requests run at once. A node has some 250 pods. CHECK and STATUS wait for nothing, so that nothing has to bound them.
+const (
+	maxAttaches = 256
+	maxDetaches = 256 // and GC
+	maxViews    = 16  // each may be megabytes
+)
+
+// Nearly all bodies are smaller than largeBody; those that are not take memory by turns.
+const (
+	largeBody = 64 << 10
+	maxLarge  = 8
+)
+
 // NewHandler serves an agent, and each view under GET /v1/<name>. Only panics are logged: everything else is the caller's to report.
 func NewHandler(agent Agent, views map[string]View, log *slog.Logger) http.Handler {
-	h := &handler{agent: agent, log: log}
+	h := &handler{agent: agent, log: log, large: make(chan struct{}, maxLarge)}
 	mux := http.NewServeMux()
 	const attachment = "/v1/attachments/{containerID}/{ifname}"
-	mux.Handle("PUT "+attachment, h.endpoint(attachTimeout, h.attach))
-	mux.Handle("GET "+attachment, h.endpoint(fixed(requestTimeout), h.check))
-	mux.Handle("DELETE "+attachment, h.endpoint(fixed(requestTimeout), h.detach))
-	mux.Handle("POST /v1/gc", h.endpoint(fixed(gcTimeout), h.gc))
-	mux.Handle("GET /v1/status", h.endpoint(fixed(requestTimeout), h.status))
+	detaches, viewers := make(gate, maxDetaches), make(gate, maxViews)
+	mux.Handle("PUT "+attachment, h.endpoint(attachTimeout, make(gate, maxAttaches), h.attach))
+	mux.Handle("GET "+attachment, h.endpoint(fixed(requestTimeout), nil, h.check))
+	mux.Handle("DELETE "+attachment, h.endpoint(fixed(requestTimeout), detaches, h.detach))
+	mux.Handle("POST /v1/gc", h.endpoint(fixed(gcTimeout), detaches, h.gc))
+	mux.Handle("GET /v1/status", h.endpoint(fixed(requestTimeout), nil, h.status))
 	for name, view := range views {
-		mux.Handle("GET /v1/"+name, h.endpoint(fixed(viewTimeout), func(ctx context.Context, r *http.Request, _ []byte) (any, error) {
+		mux.Handle("GET /v1/"+name, h.endpoint(fixed(viewTimeout), viewers, func(ctx context.Context, r *http.Request, _ []byte) (any, error) {
 			return view(ctx, r.URL.Query())
 		}))
 	}
@@ -35,6 +49,7 @@ func NewHandler(agent Agent, views map[string]View, log *slog.Logger) http.Handl
 type handler struct {
 	agent Agent
 	log   *slog.Logger
+	large chan struct{} // a token per large body that is held
 }
 
 // verb answers one request whose body was read; a nil value is sent as 204.
@@ -125,8 +140,8 @@ func attachTimeout(r *http.Request) (time.Duration, error) {
 	return min(d, MaxAttachTimeout), nil
 }
 
-// endpoint reads the body, sets the deadline, calls the verb and writes its answer.
-func (h *handler) endpoint(limit timeout, f verb) http.Handler {
+// endpoint reads the body, passes the gate, if there is one, sets the deadline, calls the verb and writes its answer.
+func (h *handler) endpoint(limit timeout, g gate, f verb) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		// One broken request must neither end the daemon nor leave the plugin without an answer. Nothing was written yet:
 		// answers are encoded first and written last.
@@ -136,24 +151,37 @@ func (h *handler) endpoint(limit timeout, f verb) http.Handler {
 				writeError(w, Errorf(CodeInternal, "podwalld panicked on %s %s: %v; its log has the stack", r.Method, r.URL.Path, p))
 			}
 		}()
-		body, err := readBody(w, r)
-		var tooLarge *http.MaxBytesError
-		switch {
-		case errors.As(err, &tooLarge):
-			writeJSON(w, http.StatusRequestEntityTooLarge, Errorf(CodeDecodingFailure, "request body is larger than %d bytes", tooLarge.Limit))
-			return
-		case err != nil:
-			writeJSON(w, http.StatusBadRequest, &Error{Code: CodeDecodingFailure, Msg: "cannot read request body", Details: err.Error()})
-			return
-		}
 		d, err := limit(r)
 		if err != nil {
 			writeError(w, err)
 			return
 		}
+		body, release, err := h.readBody(w, r)
+		defer release()
+		if err != nil {
+			if tooLarge, ok := errors.AsType[*http.MaxBytesError](err); ok {
+				writeJSON(w, http.StatusRequestEntityTooLarge, Errorf(CodeDecodingFailure, "request body is larger than %d bytes", tooLarge.Limit))
+				return
+			}
+			writeError(w, err)
+			return
+		}
+		if c := callerOf(r); c != nil && !c.heard() {
+			return // it has lost its place, and will not hear an answer
+		}
+		if g != nil {
+			leave, err := g.enter()
+			if err != nil {
+				writeError(w, err)
+				return
+			}
+			defer leave()
+		}
 		ctx, cancel := context.WithTimeout(r.Context(), d)
 		defer cancel()
 		out, err := f(ctx, r, body)
+		// A caller that does not take its answer must not keep the gate for as long as an ADD may last.
+		_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(answerTimeout))
 		switch {
 		case err != nil:
 			writeError(w, err)
@@ -166,17 +194,51 @@ func (h *handler) endpoint(limit timeout, f verb) http.Handler {
 }
 
 // readBody reads the whole body and then lifts the server's read deadline: while a verb runs, net/http reads ahead to notice a caller
-// that goes away, and takes a read that times out for such a caller (net/http connReader.backgroundRead).
-func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
+// that goes away, and takes a read that times out for such a caller (net/http connReader.backgroundRead). What it returns is called
+// when the body is not needed any more.
+func (h *handler) readBody(w http.ResponseWriter, r *http.Request) ([]byte, func(), error) {
+	release := func() {}
+	bad := func(err error) error {
+		if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
+			return err
+		}
+		return &Error{Code: CodeDecodingFailure, Msg: "cannot read request body", Details: err.Error()}
+	}
+	control := http.NewResponseController(w)
+	stream := http.MaxBytesReader(w, r.Body, maxBody)
+	body, err := io.ReadAll(io.LimitReader(stream, largeBody))
 	if err != nil {
-		return nil, err
+		return nil, release, bad(err)
 	}
-	// Recorders in tests have no connection and no deadline to lift.
-	if err := http.NewResponseController(w).SetReadDeadline(time.Time{}); err != nil && !errors.Is(err, http.ErrNotSupported) {
-		return nil, err
+	if len(body) == largeBody {
+		turn := time.NewTimer(readTimeout)
+		defer turn.Stop()
+		select {
+		case h.large <- struct{}{}:
+			release = func() { <-h.large }
+		case <-turn.C:
+			return nil, release, Errorf(CodeTryAgainLater, "podwalld already holds %d requests of more than %d bytes: try again later", maxLarge, largeBody)
+		case <-r.Context().Done():
+			return nil, release, r.Context().Err()
+		}
+		if err := setReadDeadline(control, time.Now().Add(readTimeout)); err != nil {
+			return nil, release, err
+		}
+		rest, err := io.ReadAll(stream)
+		if err != nil {
+			return nil, release, bad(err)
+		}
+		body = append(body, rest...)
 	}
-	return body, nil
+	return body, release, setReadDeadline(control, time.Time{})
+}
+
+// setReadDeadline passes over recorders in tests, which have no connection.
+func setReadDeadline(c *http.ResponseController, t time.Time) error {
+	if err := c.SetReadDeadline(t); err != nil && !errors.Is(err, http.ErrNotSupported) {
+		return err
+	}
+	return nil
 }
 
 func writeError(w http.ResponseWriter, err error) {

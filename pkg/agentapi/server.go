@@ -10,7 +10,6 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"sync"
 	"syscall"
 	"time"
 )
@@ -18,9 +17,9 @@ import (
 const (
 	readHeaderTimeout = 2 * time.Second
 	readTimeout       = 5 * time.Second
+	answerTimeout     = 5 * time.Second // for the caller to take its answer
 	drainTimeout      = 10 * time.Second
 	maxHeaderBytes    = 16 << 10
-	maxConns          = 256
 )
 
 // maxSunPath is the size of sockaddr_un.sun_path less the terminating zero (unix(7)).
@@ -81,11 +80,11 @@ func checkDir(dir string) error {
 }
 
 // Serve answers root's requests on a listener made by Listen until ctx ends, then lets the running ones finish for up to 10 s.
-// At most 256 connections are served at once; more of them wait in the kernel's backlog for as long as their callers care.
+// Callers that connect and say nothing, or say it slowly, are bounded in number and time and do not keep others waiting.
 func Serve(ctx context.Context, ln net.Listener, h http.Handler, log *slog.Logger) error {
 	srv := newServer(h, log)
 	failed := make(chan error, 1)
-	go func() { failed <- srv.Serve(newLimitListener(ln, maxConns)) }()
+	go func() { failed <- srv.Serve(newLimitListener(ln, maxSilent, silentGrace)) }()
 	select {
 	case err := <-failed:
 		return fmt.Errorf("serve socket: %w", err)
@@ -106,102 +105,27 @@ func newServer(h http.Handler, log *slog.Logger) *http.Server {
 		Handler:           requireRoot(h),
 		ReadHeaderTimeout: readHeaderTimeout,
 		ReadTimeout:       readTimeout,
-		WriteTimeout:      MaxAttachTimeout + 10*time.Second,
+		WriteTimeout:      MaxAttachTimeout + 2*answerTimeout,
 		IdleTimeout:       readHeaderTimeout,
 		MaxHeaderBytes:    maxHeaderBytes,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
-			return context.WithValue(ctx, peerKey{}, peerUID(c))
+			return context.WithValue(ctx, connKey{}, c)
 		},
+		ConnState: follow,
 	}
 	// The plugin lives for one request.
 	srv.SetKeepAlivesEnabled(false)
 	return srv
 }
 
-// peerKey is the context key of the peer's uid.
-type peerKey struct{}
-
-// unknownUID stands for a peer whose credentials cannot be read.
-const unknownUID = ^uint32(0)
-
-// peerUID asks the kernel who connected (SO_PEERCRED, unix(7)).
-func peerUID(c net.Conn) uint32 {
-	if l, ok := c.(*limitConn); ok {
-		c = l.Conn
-	}
-	uc, ok := c.(*net.UnixConn)
-	if !ok {
-		return unknownUID
-	}
-	raw, err := uc.SyscallConn()
-	if err != nil {
-		return unknownUID
-	}
-	uid := unknownUID
-	if err := raw.Control(func(fd uintptr) {
-		if cred, err := syscall.GetsockoptUcred(int(fd), syscall.SOL_SOCKET, syscall.SO_PEERCRED); err == nil {
-			uid = cred.Uid
-		}
-	}); err != nil {
-		return unknownUID
-	}
-	return uid
-}
-
 // requireRoot is defence in depth: the modes of directory and socket should have kept others out.
 func requireRoot(h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if uid, ok := r.Context().Value(peerKey{}).(uint32); !ok || uid != 0 {
+		if c := callerOf(r); c == nil || c.uid != 0 {
 			writeError(w, Errorf(CodeRefused, "the caller of podwalld's socket must be root"))
 			return
 		}
 		h.ServeHTTP(w, r)
 	})
-}
-
-// limitListener hands out at most cap(slots) connections at a time.
-type limitListener struct {
-	net.Listener
-	slots     chan struct{}
-	done      chan struct{}
-	closeOnce func() error
-}
-
-func newLimitListener(ln net.Listener, n int) *limitListener {
-	l := &limitListener{Listener: ln, slots: make(chan struct{}, n), done: make(chan struct{})}
-	l.closeOnce = sync.OnceValue(func() error {
-		close(l.done)
-		return ln.Close()
-	})
-	return l
-}
-
-// Accept waits for a free slot and then for a connection.
-func (l *limitListener) Accept() (net.Conn, error) {
-	select {
-	case l.slots <- struct{}{}:
-	case <-l.done:
-		return nil, net.ErrClosed
-	}
-	c, err := l.Listener.Accept()
-	if err != nil {
-		<-l.slots
-		return nil, err
-	}
-	return &limitConn{Conn: c, release: sync.OnceFunc(func() { <-l.slots })}, nil
-}
-
-// Close also wakes an Accept that waits for a slot.
-func (l *limitListener) Close() error { return l.closeOnce() }
-
-// limitConn gives its slot back when it closes.
-type limitConn struct {
-	net.Conn
-	release func()
-}
-
-func (c *limitConn) Close() error {
-	defer c.release()
-	return c.Conn.Close()
 }
