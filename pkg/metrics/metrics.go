@@ -16,8 +16,11 @@ type Metrics struct {
 	Objects       *prometheus.CounterVec // changes by kind
 	Commits       *prometheus.CounterVec // by result: ok, error
 	Drift         prometheus.Counter     // times that somebody else had changed the tables
+	HiddenBridges prometheus.Counter     // times that somebody had hidden a bridge's traffic from netfilter
 	CommitSeconds prometheus.Histogram
 	RenderSeconds prometheus.Histogram
+	Revoked       prometheus.Counter // connections ended because policies no longer allow them
+	RevokeSeconds prometheus.Histogram
 	Synced        prometheus.Gauge
 }
 
@@ -43,11 +46,20 @@ func New(sourceProblems func() float64) *Metrics {
 		Drift: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "podwall_drift_total", Help: "Times that the kernel's tables were not as loaded, because somebody else had changed them; they were restored.",
 		}),
+		HiddenBridges: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "podwall_hidden_bridges_total", Help: "Times that the traffic inside a bridge with pods was hidden from netfilter, because somebody had switched nf_call off; it was switched on.",
+		}),
 		CommitSeconds: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "podwall_commit_seconds", Help: "Time of one kernel transaction.", Buckets: prometheus.ExponentialBuckets(0.0001, 2, 15),
 		}),
 		RenderSeconds: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "podwall_render_seconds", Help: "Time to compute the desired ruleset and its difference.", Buckets: prometheus.ExponentialBuckets(0.0001, 2, 15),
+		}),
+		Revoked: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "podwall_revoked_connections_total", Help: "Established connections that were ended because a change no longer allows them.",
+		}),
+		RevokeSeconds: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "podwall_revoke_seconds", Help: "Time to find and end the connections that a change no longer allows.", Buckets: prometheus.ExponentialBuckets(0.001, 2, 15),
 		}),
 		Synced: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "podwall_synced", Help: "1 once all objects have been read and the ruleset is in the kernel.",
@@ -56,7 +68,7 @@ func New(sourceProblems func() float64) *Metrics {
 	m.Registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "podwall_source_problems", Help: "Manifest files or documents that cannot be read as they are; each is named in the log.",
 	}, sourceProblems))
-	m.Registry.MustRegister(m.Attachments, m.AdoptedPods, m.Problems, m.Objects, m.Commits, m.Drift, m.CommitSeconds, m.RenderSeconds, m.Synced,
+	m.Registry.MustRegister(m.Attachments, m.AdoptedPods, m.Problems, m.Objects, m.Commits, m.Drift, m.HiddenBridges, m.CommitSeconds, m.RenderSeconds, m.Revoked, m.RevokeSeconds, m.Synced,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }

@@ -18,7 +18,9 @@ import (
 type state struct {
 	entry registry.Entry
 	link  *registry.Link // nil until it has been looked up
-	pod   *cluster.Pod   // as last seen: an object that is gone does not end the enforcement
+	// hidden says why packets between ports of its bridge do not pass the rules: it is not enforced towards its neighbours.
+	hidden error
+	pod    *cluster.Pod // as last seen: an object that is gone does not end the enforcement
 	// clean says that the addresses have been closed and the connections of a former owner forgotten since ADD (or DEL).
 	clean bool
 }
@@ -27,12 +29,20 @@ type state struct {
 func (s *state) id() string { return policy.ID("attachment", s.entry.ContainerID, s.entry.IfName) }
 
 // open reports whether the endpoint may have its policies' chains instead of quarantine.
-func (s *state) open() bool {
-	return s.clean && !s.entry.Detached && s.pod != nil && s.link != nil
+func (l *Loop) open(s *state) bool {
+	return (s.clean || l.returns(s)) && !s.entry.Detached && s.pod != nil && s.link != nil
 }
 
-// wasOpen reports whether a former daemon had finished the ADD of this attachment. If it had not, the attachment starts
-// over: it is closed and former connections are forgotten.
+// returns reports whether an attachment that is not open in the kernel goes on where it was: somebody has deleted the tables while
+// there was no daemon. Its ADD was finished, its link is still the same, and without a daemon there is no ADD that gives its
+// addresses away, so that its connections are its own. What was established meanwhile and is denied is ended by the revoker's
+// first look; without a revoker, or if it could be misled about directions, the attachment starts over.
+func (l *Loop) returns(s *state) bool {
+	return l.revoker != nil && s.entry.Opened && !s.clean
+}
+
+// wasOpen reports whether a former daemon had finished the ADD of this attachment and it was open since. If not, it starts over,
+// unless it returns: it is closed and former connections are forgotten.
 func (l *Loop) wasOpen(e registry.Entry) bool {
 	t := l.loaded.Table(l.tables()[0])
 	if t == nil || e.Detached {
@@ -64,12 +74,12 @@ func (l *Loop) refresh() (bool, error) {
 		if st == nil || st.entry.Seq != e.Seq || st.entry.Detached != e.Detached {
 			next := &state{entry: e}
 			if st != nil && st.entry.Seq == e.Seq {
-				next.link, next.pod = st.link, st.pod
+				next.link, next.hidden, next.pod = st.link, st.hidden, st.pod
 			}
 			st = next
 			l.states[e.Key] = st
 		}
-		if st.link == nil || sweep || e.Detached {
+		if st.link == nil || st.hidden != nil || sweep || e.Detached {
 			gone, err := l.look(st)
 			if err != nil {
 				errs = append(errs, err)
@@ -90,12 +100,22 @@ func (l *Loop) refresh() (bool, error) {
 		if !seen[k] {
 			delete(l.states, k)
 			l.former = append(l.former, st.entry.IPs...)
+			l.startOver(st)
 		}
 	}
 	if sweep {
 		errs = append(errs, l.lookAtOrphans())
 	}
 	return sweep, errors.Join(errs...)
+}
+
+// startOver closes the older attachments that get an address back from one that has ended: its connections are not theirs.
+func (l *Loop) startOver(ended *state) {
+	for _, st := range l.states {
+		if st.entry.Seq < ended.entry.Seq && slices.ContainsFunc(st.entry.IPs, func(ip netip.Addr) bool { return slices.Contains(ended.entry.IPs, ip) }) {
+			st.clean, st.entry.Opened = false, false
+		}
+	}
 }
 
 // look updates the link of an attachment and reports whether it is gone: the sandbox has ended, whether DEL came or not.
@@ -108,11 +128,17 @@ func (l *Loop) look(st *state) (bool, error) {
 		l.cfg.Log.Info("attachment ended with its host link", "attachment", st.entry.Key, "pod", st.entry.Pod, "link", st.entry.HostLink.Name, "deleted", st.entry.Detached)
 		return true, nil
 	}
-	st.link = &link
-	if link.Bridge != "" {
-		if err := l.cfg.Links.ShowBridged(link.Bridge); err != nil {
-			return false, fmt.Errorf("attachment %s: %w", st.entry.Key, err)
-		}
+	known := st.link != nil
+	st.link, st.hidden = &link, nil
+	if link.Bridge == "" {
+		return false, nil
+	}
+	if known && link.Hidden { // once per event: the bridge's next port finds it shown
+		l.cfg.Metrics.HiddenBridges.Inc()
+		l.cfg.Log.Error("somebody has switched off what shows a bridge's traffic to netfilter, it is being switched on", "bridge", link.Bridge)
+	}
+	if st.hidden = l.cfg.Links.ShowBridged(link.Bridge); st.hidden != nil {
+		return false, fmt.Errorf("attachment %s: %w", st.entry.Key, st.hidden)
 	}
 	return false, nil
 }
@@ -159,10 +185,10 @@ func (l *Loop) input() policy.Input {
 			}
 		}
 		if st.link != nil {
-			e.Bridge = st.link.Bridge
+			e.Bridge, e.Gateways = st.link.Bridge, st.link.Gateways
 			e.Link = cmp.Or(st.link.Name, e.Link)
 		}
-		if st.open() {
+		if l.open(st) {
 			e.Pod = st.pod
 		}
 		attached[st.entry.Pod.String()] = true
@@ -188,6 +214,20 @@ func (l *Loop) conflicts(in policy.Input) []policy.Problem {
 			problems = append(problems, policy.Problem{
 				Object: cluster.Key{Kind: cluster.KindPod, Namespace: st.entry.Pod.Namespace, Name: st.entry.Pod.Name},
 				Reason: fmt.Sprintf("its address %s was given to %s by a later ADD: it can no longer use it; delete the pod, and look why the main plugin's IPAM gave it away", ip, owner[ip]),
+			})
+		}
+	}
+	return problems
+}
+
+// unenforceable reports attachments whose bridge hides its traffic.
+func (l *Loop) unenforceable() []policy.Problem {
+	var problems []policy.Problem
+	for _, st := range l.sortedStates() {
+		if st.hidden != nil && !st.entry.Detached {
+			problems = append(problems, policy.Problem{
+				Object: cluster.Key{Kind: cluster.KindPod, Namespace: st.entry.Pod.Namespace, Name: st.entry.Pod.Name},
+				Reason: "it is not enforced: " + st.hidden.Error(),
 			})
 		}
 	}
@@ -252,31 +292,66 @@ func (l *Loop) sortedStates() []*state {
 // nobody's any more. It reports whether another pass is due, because an endpoint can be opened now.
 func (l *Loop) settle(in policy.Input) (bool, error) {
 	again := false
-	var errs []error
 	owned := map[netip.Addr]bool{}
+	var closed, opened []*state
+	var ips, returned []netip.Addr
 	for i, st := range l.sortedStates() {
 		// Only addresses that it owns: a late DEL must not cut the connections of the pod that has the address now.
-		ips := in.Endpoints[i].IPs
-		for _, ip := range ips {
+		for _, ip := range in.Endpoints[i].IPs {
 			owned[ip] = true
 		}
-		if st.clean {
-			continue
+		if in.Endpoints[i].Pod != nil {
+			opened = append(opened, st)
 		}
-		if err := l.forget(ips); err != nil {
-			errs = append(errs, fmt.Errorf("attachment %s: %w", st.entry.Key, err))
-			continue
+		switch {
+		case st.clean:
+		case in.Endpoints[i].Pod != nil: // it returns
+			returned = append(returned, in.Endpoints[i].IPs...)
+		default:
+			closed = append(closed, st)
+			ips = append(ips, in.Endpoints[i].IPs...)
 		}
-		st.clean = true
-		again = again || st.open()
 	}
 	l.former = slices.DeleteFunc(l.former, func(ip netip.Addr) bool { return owned[ip] })
-	if err := l.forget(l.former); err != nil {
-		errs = append(errs, err)
-	} else {
-		l.former = nil
+	// At once: it takes a walk through the whole table, however many addresses there are.
+	if err := l.forget(append(ips, l.former...)); err != nil {
+		return false, err
 	}
-	return again, errors.Join(errs...)
+	l.former = nil
+	if err := l.forgetPickedUp(returned); err != nil {
+		return false, err
+	}
+	for _, st := range opened {
+		st.clean = true
+		l.markOpened(st)
+	}
+	for _, st := range closed {
+		st.clean = true
+		again = again || l.open(st)
+	}
+	return again, nil
+}
+
+// markOpened notes an attachment's first opening in the registry. What fails is made up for by the next daemon that finds it open.
+func (l *Loop) markOpened(st *state) {
+	if st.entry.Opened {
+		return
+	}
+	st.entry.Opened = true
+	if err := l.registry.MarkOpened(st.entry.Key, st.entry.Seq); err != nil {
+		l.cfg.Log.Warn("it will not be known that the ADD was finished: its connections are forgotten should the tables be gone at the next start", "attachment", st.entry.Key, "error", err)
+	}
+}
+
+// forgetPickedUp follows the commit that has brought back the rules of addresses that return.
+func (l *Loop) forgetPickedUp(ips []netip.Addr) error {
+	if len(ips) == 0 {
+		return nil
+	}
+	if _, err := l.cfg.Connections.ForgetPickedUp(ips); err != nil {
+		return fmt.Errorf("forget the connections of %v that were picked up in the middle: %w", ips, err)
+	}
+	return nil
 }
 
 // forget deletes the connections of addresses that are closed or nobody's.
@@ -284,8 +359,11 @@ func (l *Loop) forget(ips []netip.Addr) error {
 	if len(ips) == 0 {
 		return nil
 	}
-	if _, err := l.cfg.Forget(ips); err != nil {
+	if _, err := l.cfg.Connections.Forget(ips); err != nil {
 		return fmt.Errorf("forget the connections of %v: %w", ips, err)
+	}
+	if l.revoker != nil {
+		l.revoker.owned(ips)
 	}
 	return nil
 }

@@ -7,8 +7,8 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
-	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"k8s.io/utils/clock"
@@ -25,8 +25,15 @@ import (
 type Kernel interface {
 	Read(ctx context.Context, ids ...ruleset.TableID) (ruleset.Ruleset, error)
 	Commit(ctx context.Context, d ruleset.Delta) error
+	// Elements are those of one set, also of one with a timeout.
+	Elements(ctx context.Context, id ruleset.TableID, set *ruleset.Set) ([]ruleset.Elem, error)
 	// Generation counts the transactions of everybody.
 	Generation(ctx context.Context) (uint32, error)
+	// Own makes those of the tables that exist this process's own, if the kernel can, and returns those that somebody had
+	// switched off; it fails while another process owns one of them.
+	Own(ctx context.Context, ids ...ruleset.TableID) ([]ruleset.TableID, error)
+	// Owned returns those of the tables that exist and that nobody else can change.
+	Owned(ctx context.Context, ids ...ruleset.TableID) ([]ruleset.TableID, error)
 }
 
 // Links looks at the host side of attachments.
@@ -34,6 +41,8 @@ type Links interface {
 	Lookup(h attach.HostLink) (registry.Link, error)
 	ShowBridged(bridge string) error
 	Index(name string) (int, error) // 0 if there is no such link
+	// Addresses are the node's own.
+	Addresses() (map[netip.Addr]bool, error)
 	// Toward returns the name of the link that an address is directly behind, empty if there is none.
 	Toward(ip netip.Addr) (string, error)
 }
@@ -47,15 +56,17 @@ type Config struct {
 
 	Kernel Kernel
 	Links  Links
-	// Forget deletes the conntrack entries of addresses, so that a new pod inherits no connection from its predecessor.
-	Forget  func([]netip.Addr) (int, error)
-	Log     *slog.Logger
-	Metrics *metrics.Metrics
-	Clock   clock.WithTicker
+	// Foreign tells when others have committed transactions, and who, if that is known; nil is never. It is buffered, and
+	// what does not fit need not be told.
+	Foreign     <-chan string
+	Connections Connections
+	Log         *slog.Logger
+	Metrics     *metrics.Metrics
+	Clock       clock.WithTicker
 }
 
 // Timing of the loop. A failed pass is retried with a growing pause; lost link events, and changes that somebody else made to
-// the tables, last for one sweep at most.
+// the tables and nobody told of, last for one sweep at most.
 const (
 	sweepEvery = 10 * time.Second
 	retryFirst = 50 * time.Millisecond
@@ -79,6 +90,10 @@ type Loop struct {
 	// registry is set once, before anything that uses it can be called: by Run when this process becomes the writer.
 	registry *registry.Registry
 
+	busySince atomic.Pointer[time.Time] // when the pass that is under way began; nil: none is
+
+	revoker *revoker // nil: revoked connections go on
+
 	// Owned by Run.
 	model    *cluster.Model
 	states   map[attach.Key]*state
@@ -86,8 +101,11 @@ type Loop struct {
 	orphans  []orphan
 	former   []netip.Addr // addresses of ended attachments whose connections are still to be forgotten
 	problems map[policy.Problem]bool
+	refused  refusals
 	// generation is the kernel's when loaded was true of it.
 	generation uint32
+	started    bool
+	foreign    foreign
 }
 
 // view is what Run last published. It is immutable.
@@ -104,13 +122,17 @@ type view struct {
 
 // New returns a loop that has not started.
 func New(cfg Config) *Loop {
-	return &Loop{
+	l := &Loop{
 		cfg:     cfg,
 		wake:    make(chan struct{}, 1),
 		changed: make(chan struct{}),
 		model:   cluster.NewModel(),
 		states:  map[attach.Key]*state{},
 	}
+	if cfg.Policy.Cut {
+		l.revoker = newRevoker(&l.cfg, l.kick)
+	}
+	return l
 }
 
 var _ cluster.Sink = (*Loop)(nil)
@@ -170,17 +192,19 @@ func (l *Loop) Run(ctx context.Context, lead <-chan *registry.Registry) error {
 			l.kick()
 		}
 	}
+	if l.revoker != nil {
+		var done sync.WaitGroup
+		defer done.Wait()
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		done.Go(func() { l.revoker.run(ctx) })
+	}
 	ticker := l.cfg.Clock.NewTicker(sweepEvery)
 	defer ticker.Stop()
-	if err := l.start(ctx); err != nil {
-		if ctx.Err() != nil {
-			return nil
-		}
-		return err
-	}
 	retry := retryFirst
 	var again <-chan time.Time
 	for {
+		l.busySince.Store(nil)
 		select {
 		case <-ctx.Done():
 			return nil
@@ -190,8 +214,16 @@ func (l *Loop) Run(ctx context.Context, lead <-chan *registry.Registry) error {
 			l.mu.Unlock()
 		case <-l.wake:
 		case <-again:
+		case who := <-l.cfg.Foreign:
+			l.foreign.heard(who, l.cfg.Clock)
+			continue
+		case <-l.foreign.due:
+			if err := l.audit(ctx); err == nil {
+				continue
+			}
 		}
 		again = nil
+		l.busySince.Store(new(l.cfg.Clock.Now()))
 		err := l.pass(ctx)
 		switch {
 		case ctx.Err() != nil:
@@ -207,25 +239,14 @@ func (l *Loop) Run(ctx context.Context, lead <-chan *registry.Registry) error {
 	}
 }
 
-// verify looks whether the kernel still has what was loaded, if anybody else has committed since: it may have been flushed or
-// edited (nft flush ruleset), and then no difference to what was loaded once would bring it back. Others commit often, so this
-// is done with each sweep and before an ADD is answered, not in every pass.
-func (l *Loop) verify(ctx context.Context) error {
-	generation, err := l.cfg.Kernel.Generation(ctx)
-	if err != nil || generation == l.generation {
-		return err
+// Busy returns for how long the loop has been in one pass; 0 when it waits for something to do. A pass takes milliseconds, with
+// many objects a second: in one that takes minutes the kernel does not answer.
+func (l *Loop) Busy() time.Duration {
+	since := l.busySince.Load()
+	if since == nil {
+		return 0
 	}
-	kernel, err := l.cfg.Kernel.Read(ctx, l.tables()...)
-	if err != nil {
-		return err
-	}
-	if d := ruleset.Diff(kernel, l.loaded); !d.Empty() {
-		ops := slices.Concat(d.Prepare, d.Apply, d.Cleanup)
-		l.cfg.Metrics.Drift.Inc()
-		l.cfg.Log.Error("somebody else has changed podwall's tables, they are being restored", "differences", len(ops), "first", ops[0].Name())
-	}
-	l.loaded, l.generation = kernel, generation
-	return nil
+	return l.cfg.Clock.Since(*since)
 }
 
 // opening reports whether an attachment is to be opened for the first time.
@@ -244,21 +265,46 @@ func (l *Loop) tables() []ruleset.TableID {
 	return []ruleset.TableID{{Family: ruleset.Inet, Name: name}, {Family: ruleset.Netdev, Name: name}}
 }
 
-// start reads what a former daemon left, so that the first commit is a difference and nothing opens or breaks on the way.
+// start reads what a former daemon left, so that the first commit is a difference and nothing opens or breaks on the way. What
+// is read is owned before: nobody changes it any more.
 func (l *Loop) start(ctx context.Context) error {
+	if _, err := l.own(ctx); err != nil {
+		return fmt.Errorf("take over the tables of a former daemon: %w", err)
+	}
 	var err error
+	if l.generation, err = l.cfg.Kernel.Generation(ctx); err != nil {
+		return err
+	}
 	if l.loaded, err = l.cfg.Kernel.Read(ctx, l.tables()...); err != nil {
 		return fmt.Errorf("read the tables of a former daemon: %w", err)
 	}
+	if l.revoker != nil {
+		l.revoker.inherit(l.loaded)
+	}
+	l.orphans = nil
 	for _, e := range l.registry.Entries() {
 		l.states[e.Key] = &state{entry: e, clean: l.wasOpen(e)}
 	}
-	return l.findOrphans()
+	if err := l.findOrphans(); err != nil {
+		return err
+	}
+	l.started = true
+	return nil
 }
 
 // pass brings the kernel to what is desired now. A new attachment takes two transactions: one that closes its addresses, then
 // its predecessor's connections are forgotten, then one that opens it as its policies allow.
 func (l *Loop) pass(ctx context.Context) error {
+	if !l.started {
+		if err := l.start(ctx); err != nil {
+			return err
+		}
+	}
+	if l.foreign.unseen {
+		if err := l.audit(ctx); err != nil {
+			return err
+		}
+	}
 	for {
 		if !l.take() {
 			return nil
@@ -273,21 +319,34 @@ func (l *Loop) pass(ctx context.Context) error {
 			}
 		}
 		begin := l.cfg.Clock.Now()
-		in := l.input()
-		out := policy.Render(in)
-		out.Problems = append(out.Problems, l.conflicts(in)...)
-		delta := ruleset.Diff(l.loaded, out.Ruleset)
+		before := l.loaded
+		in, out := l.render()
+		delta := ruleset.Diff(before, out.Ruleset)
 		l.cfg.Metrics.RenderSeconds.Observe(l.cfg.Clock.Since(begin).Seconds())
 		if err := l.commit(ctx, delta); err != nil {
-			return err
+			if in, out, err = l.isolate(ctx, before, err); err != nil {
+				return err
+			}
+			delta = ruleset.Diff(before, out.Ruleset)
 		}
 		l.loaded = out.Ruleset
+		l.refused.taken()
+		if l.revoker != nil {
+			l.revoker.committed(delta, out.Ruleset, in.Endpoints)
+		}
 		again, err := l.settle(in)
 		l.publish(in, out)
+		l.showRefused(in)
 		if err = errors.Join(partial, err); err != nil || !again {
 			return err
 		}
 	}
+}
+
+func (l *Loop) isSynced() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.synced
 }
 
 func (l *Loop) isDown() bool {

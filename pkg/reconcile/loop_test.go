@@ -21,6 +21,7 @@ import (
 
 	"github.com/podwall/podwall/pkg/attach"
 	"github.com/podwall/podwall/pkg/cluster"
+	"github.com/podwall/podwall/pkg/conntrack"
 	"github.com/podwall/podwall/pkg/metrics"
 	"github.com/podwall/podwall/pkg/nft"
 	"github.com/podwall/podwall/pkg/policy"
@@ -31,8 +32,13 @@ import (
 // world is a loop with a kernel, links and connections that a test can look at.
 type world struct {
 	*Loop
-	kernel *nft.Fake
-	dir    string
+	kernel  *nft.Fake
+	dir     string
+	foreign chan string // what others have committed
+	metrics *metrics.Metrics
+
+	flowsMu sync.Mutex
+	flows   []conntrack.Flow
 
 	mu      sync.Mutex
 	gone    map[string]bool
@@ -40,6 +46,7 @@ type world struct {
 	forgets []string
 	// forgotten records, at each call of Forget, whether the addresses were closed in the kernel.
 	forgotten []bool
+	pickedUp  []string // what ForgetPickedUp was called for
 }
 
 func (w *world) Lookup(h attach.HostLink) (registry.Link, error) {
@@ -48,7 +55,8 @@ func (w *world) Lookup(h attach.HostLink) (registry.Link, error) {
 	if h.Name == "broken" {
 		return registry.Link{}, errors.New("netlink is out of order")
 	}
-	return registry.Link{Exists: !w.gone[h.Name], Bridge: map[bool]string{true: "br0"}[h.Name == "port"]}, nil
+	port := h.Name == "port"
+	return registry.Link{Exists: !w.gone[h.Name], Bridge: map[bool]string{true: "br0"}[port], Hidden: port && w.hidden}, nil
 }
 
 func (w *world) Toward(netip.Addr) (string, error) { return "br0", nil }
@@ -63,13 +71,16 @@ func (w *world) Index(name string) (int, error) {
 }
 
 func (w *world) ShowBridged(string) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	if w.hidden {
 		return errors.New("modprobe br_netfilter")
 	}
 	return nil
 }
 
-func (w *world) forget(ips []netip.Addr) (int, error) {
+// Forget implements Connections.
+func (w *world) Forget(ips []netip.Addr) (int, error) {
 	closed := true
 	for _, ip := range ips {
 		v, ok := w.element("in4", ip)
@@ -78,6 +89,42 @@ func (w *world) forget(ips []netip.Addr) (int, error) {
 	}
 	w.forgotten = append(w.forgotten, closed)
 	return len(ips), nil
+}
+
+// ForgetPickedUp implements Connections.
+func (w *world) ForgetPickedUp(ips []netip.Addr) (int, error) {
+	for _, ip := range ips {
+		if v, ok := w.element("in4", ip); !ok || v == policy.Quarantined {
+			w.pickedUp = append(w.pickedUp, ip.String()+" without its rules")
+			continue
+		}
+		w.pickedUp = append(w.pickedUp, ip.String())
+	}
+	return len(ips), nil
+}
+
+func (w *world) Flows(_ context.Context, filter conntrack.Filter, each func(conntrack.Flow)) error {
+	w.flowsMu.Lock()
+	flows := slices.Clone(w.flows)
+	w.flowsMu.Unlock()
+	for _, f := range flows {
+		if (!filter.Src.IsValid() || f.Src.Addr() == filter.Src) && (!filter.Dst.IsValid() || f.Dst.Addr() == filter.Dst) {
+			each(f)
+		}
+	}
+	return nil
+}
+
+func (w *world) Delete(_ context.Context, flows []conntrack.Flow) (int, error) {
+	w.flowsMu.Lock()
+	defer w.flowsMu.Unlock()
+	before := len(w.flows)
+	w.flows = slices.DeleteFunc(w.flows, func(f conntrack.Flow) bool { return slices.Contains(flows, f) })
+	return before - len(w.flows), nil
+}
+
+func (w *world) Addresses() (map[netip.Addr]bool, error) {
+	return map[netip.Addr]bool{netip.MustParseAddr("192.168.1.1"): true}, nil
 }
 
 func (w *world) element(set string, ip netip.Addr) (ruleset.Verdict, bool) {
@@ -92,7 +139,13 @@ func (w *world) element(set string, ip netip.Addr) (ruleset.Verdict, bool) {
 // start runs a loop inside a synctest bubble; it ends with the test.
 func start(t *testing.T, standalone bool, old *world) *world {
 	t.Helper()
-	w := &world{kernel: nft.NewFake(), gone: map[string]bool{}, dir: t.TempDir()}
+	return startAs(t, standalone, old, policy.Options{Table: "podwall", Cut: true})
+}
+
+func startAs(t *testing.T, standalone bool, old *world, options policy.Options) *world {
+	t.Helper()
+	w := &world{kernel: nft.NewFake(), gone: map[string]bool{}, dir: t.TempDir(), foreign: make(chan string, 16)}
+	w.metrics = metrics.New(func() float64 { return 0 })
 	if old != nil {
 		w.kernel, w.dir = old.kernel, old.dir
 	}
@@ -101,9 +154,9 @@ func start(t *testing.T, standalone bool, old *world) *world {
 		t.Fatal(err, bad)
 	}
 	w.Loop = New(Config{
-		NodeName: "here", Standalone: standalone, Policy: policy.Options{Table: "podwall"},
-		Kernel: w.kernel, Links: w, Forget: w.forget,
-		Log: slog.New(slog.DiscardHandler), Metrics: metrics.New(func() float64 { return 0 }), Clock: clock.RealClock{},
+		NodeName: "here", Standalone: standalone, Policy: options,
+		Kernel: w.kernel, Links: w, Connections: w, Foreign: w.foreign,
+		Log: slog.New(slog.DiscardHandler), Metrics: w.metrics, Clock: clock.RealClock{},
 	})
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
@@ -118,6 +171,22 @@ func start(t *testing.T, standalone bool, old *world) *world {
 		}
 	})
 	return w
+}
+
+// metric returns the value of a counter or gauge without labels.
+func (w *world) metric(t *testing.T, name string) float64 {
+	t.Helper()
+	families, err := w.metrics.Registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range families {
+		if m := f.GetMetric(); f.GetName() == name && len(m) == 1 {
+			return m[0].GetGauge().GetValue() + m[0].GetCounter().GetValue()
+		}
+	}
+	t.Fatalf("no metric %s", name)
+	return 0
 }
 
 func attachment(id, pod string, ip string) attach.Attachment {
@@ -433,6 +502,153 @@ func TestRestart(t *testing.T) {
 	})
 }
 
+// TestRestartWithoutTables holds who goes on where it was when a daemon finds the tables gone: those whose ADD was finished, and
+// that are open in the first commit. The connections that were made meanwhile and are denied are ended.
+func TestRestartWithoutTables(t *testing.T) {
+	t.Parallel()
+	cut, keep := policy.Options{Table: "podwall", Cut: true}, policy.Options{Table: "podwall"}
+	friend, stranger := flow("10.0.0.2:1", "10.0.0.1:80"), flow("10.0.0.3:1", "10.0.0.1:80")
+	objects := []cluster.Change{pod("a", "here"), pod("friend", "there", "10.0.0.2"), pod("stranger", "there", "10.0.0.3"), allowFrom("allow", "friend")}
+	for _, tt := range []struct {
+		name              string
+		options           policy.Options
+		meanwhile         func(t *testing.T, w *world)
+		known             []cluster.Change // to the next daemon
+		forgets, pickedUp []string
+		flows             []conntrack.Flow
+	}{
+		{"finished", cut, nil, objects, nil, []string{"10.0.0.1"}, []conntrack.Flow{friend}},
+		{"and a daemon of --established=keep", keep, nil, objects, []string{"10.0.0.1"}, nil, []conntrack.Flow{friend, stranger}},
+		{"object gone", cut, nil, objects[1:], []string{"10.0.0.1"}, nil, []conntrack.Flow{friend, stranger}},
+		{"deleted meanwhile", cut, func(t *testing.T, w *world) {
+			reg, _, err := registry.Open(w.dir)
+			if err == nil {
+				_, _, err = reg.Detach(attachment("c1", "a", "10.0.0.1").Key)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}, objects, []string{"10.0.0.1"}, nil, []conntrack.Flow{friend, stranger}},
+		{"a file of an older version", cut, func(t *testing.T, w *world) {
+			files, err := filepath.Glob(filepath.Join(w.dir, "*"))
+			if err != nil || len(files) != 1 {
+				t.Fatal(files, err)
+			}
+			text, err := os.ReadFile(files[0])
+			if err != nil {
+				t.Fatal(err)
+			}
+			older := strings.Replace(string(text), `,"opened":true`, "", 1)
+			if older == string(text) {
+				t.Fatalf("%s is not marked", text)
+			}
+			if err := os.WriteFile(files[0], []byte(older), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}, objects, []string{"10.0.0.1"}, nil, []conntrack.Flow{friend}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				first := startAs(t, false, nil, cut)
+				first.Apply(objects...)
+				first.Synced()
+				if err := first.Attach(within(t, time.Second), attachment("c1", "a", "10.0.0.1")); err != nil {
+					t.Fatal(err)
+				}
+				first.change(t, first.flush(), ruleset.Op{Kind: ruleset.DelTable, Table: first.tables()[1]})
+				if tt.meanwhile != nil {
+					tt.meanwhile(t, first)
+				}
+				next := startAs(t, false, first, tt.options)
+				next.flowsMu.Lock()
+				next.flows = []conntrack.Flow{friend, stranger} // the fake's Forget deletes none
+				next.flowsMu.Unlock()
+				next.Apply(tt.known...)
+				next.Synced()
+				synctest.Wait()
+				if diff := cmp.Diff(tt.forgets, next.forgets); diff != "" {
+					t.Errorf("forgotten (-want +got):\n%s", diff)
+				}
+				if diff := cmp.Diff(tt.pickedUp, next.pickedUp); diff != "" {
+					t.Errorf("picked up and forgotten (-want +got):\n%s", diff)
+				}
+				if diff := cmp.Diff(tt.flows, next.left(), cmp.Comparer(func(a, b conntrack.Flow) bool { return a == b })); diff != "" {
+					t.Errorf("connections left (-want +got):\n%s", diff)
+				}
+			})
+		})
+	}
+}
+
+// TestRestartMarksOpened holds that a daemon that finds an attachment open, as one of an older version has left it, marks it.
+func TestRestartMarksOpened(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		first := enforcing(t)
+		key := attachment("c1", "a", "10.0.0.1").Key
+		opened := func(want bool) {
+			t.Helper()
+			reg, _, err := registry.Open(first.dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if e, ok := reg.Get(key); !ok || e.Opened != want {
+				t.Errorf("the file says %+v, want opened %v", e, want)
+			}
+		}
+		opened(true)
+		files, err := filepath.Glob(filepath.Join(first.dir, "*"))
+		if err != nil || len(files) != 1 {
+			t.Fatal(files, err)
+		}
+		text, err := os.ReadFile(files[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(files[0], []byte(strings.Replace(string(text), `,"opened":true`, "", 1)), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		opened(false)
+		next := start(t, true, first)
+		next.Apply(denyAll("deny"))
+		next.Synced()
+		synctest.Wait()
+		opened(true)
+		if len(next.forgets)+len(next.pickedUp) != 0 {
+			t.Errorf("forgotten: %v, %v", next.forgets, next.pickedUp)
+		}
+	})
+}
+
+// TestAddressComesBack holds that who gets an address back from a later ADD that has ended does not get its connections.
+func TestAddressComesBack(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, true, nil)
+		w.Apply(denyAll("deny"))
+		w.Synced()
+		for _, a := range []attach.Attachment{attachment("old", "a", "10.0.0.1"), attachment("young", "b", "10.0.0.1")} {
+			if err := w.Attach(within(t, time.Second), a); err != nil {
+				t.Fatal(err)
+			}
+		}
+		forgets := len(w.forgets)
+		w.mu.Lock()
+		w.gone["veth-young"] = true
+		w.mu.Unlock()
+		w.LinkGone()
+		synctest.Wait()
+		if diff := cmp.Diff([]string{"10.0.0.1"}, w.forgets[forgets:]); diff != "" || !w.forgotten[len(w.forgotten)-1] {
+			t.Errorf("forgotten (-want +got), closed %v:\n%s", w.forgotten, diff)
+		}
+		want := ruleset.To(ruleset.Goto, "in_"+policy.ID("attachment", "old", "eth0"))
+		if v, _ := w.element("in4", ip1); v != want {
+			t.Errorf("in4 has %v, want %v", v, want)
+		}
+	})
+}
+
 // TestCommitFails holds that a refused transaction is repeated from what the kernel really has, and that those who wait hear why.
 func TestCommitFails(t *testing.T) {
 	t.Parallel()
@@ -519,6 +735,61 @@ func TestRefused(t *testing.T) {
 	})
 }
 
+// TestHiddenBridge holds that a pod is not called enforced while its bridge hides its traffic, and is again afterwards.
+func TestHiddenBridge(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, true, nil)
+		w.Apply(denyAll("deny"))
+		w.Synced()
+		port := attachment("c1", "a", "10.0.0.1")
+		port.HostLink.Name = "port"
+		for _, a := range []attach.Attachment{port, attachment("c2", "b", "10.0.0.2")} {
+			if err := w.Attach(within(t, time.Second), a); err != nil {
+				t.Fatal(err)
+			}
+		}
+		before := w.kernel.Ruleset().String()
+		for _, tt := range []struct {
+			hidden bool
+			state  string
+			list   []string
+		}{
+			{true, StateHidden, []string{"Pod ns/a: it is not enforced: modprobe br_netfilter"}},
+			{false, StateEnforced, []string{}},
+		} {
+			w.mu.Lock()
+			w.hidden = tt.hidden
+			w.mu.Unlock()
+			time.Sleep(sweepEvery + retryMost) // the bubble's clock
+			synctest.Wait()
+			states := map[string]string{}
+			for _, p := range w.Pods() {
+				states[p.Name] = p.State
+			}
+			if diff := cmp.Diff(map[string]string{"a": tt.state, "b": StateEnforced}, states); diff != "" {
+				t.Errorf("hidden %v: states (-want +got):\n%s", tt.hidden, diff)
+			}
+			s := w.NodeStatus()
+			if diff := cmp.Diff(tt.list, s.Problems); diff != "" {
+				t.Errorf("hidden %v: problems (-want +got):\n%s", tt.hidden, diff)
+			}
+			if got, want := w.metric(t, "podwall_problems"), float64(len(tt.list)); got != want {
+				t.Errorf("hidden %v: podwall_problems is %v, want %v", tt.hidden, got, want)
+			}
+			if _, err := w.Check(t.Context(), port.Key); (err != nil) != tt.hidden {
+				t.Errorf("hidden %v: CHECK: %v", tt.hidden, err)
+			}
+		}
+		if w.metric(t, "podwall_hidden_bridges_total") == 0 {
+			t.Error("podwall_hidden_bridges_total is 0")
+		}
+		if diff := cmp.Diff(before, w.kernel.Ruleset().String()); diff != "" {
+			t.Errorf("the rules have changed:\n%s", diff)
+		}
+	})
+}
+
 // TestAdopt holds that pods which never passed through the plugin are enforced by the addresses that the API reports, and that
 // an object which outlives its pod does not take the address of an attachment.
 func TestAdopt(t *testing.T) {
@@ -573,7 +844,7 @@ func TestStandby(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := &world{kernel: nft.NewFake(), gone: map[string]bool{}}
 		w.Loop = New(Config{
-			NodeName: "here", Policy: policy.Options{Table: "podwall"}, Kernel: w.kernel, Links: w, Forget: w.forget,
+			NodeName: "here", Policy: policy.Options{Table: "podwall"}, Kernel: w.kernel, Links: w, Connections: w,
 			Log: slog.New(slog.DiscardHandler), Metrics: metrics.New(func() float64 { return 0 }), Clock: clock.RealClock{},
 		})
 		lead := make(chan *registry.Registry)
@@ -725,7 +996,7 @@ func TestStopping(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := &world{kernel: nft.NewFake(), gone: map[string]bool{}, dir: t.TempDir()}
 		w.Loop = New(Config{
-			NodeName: "here", Policy: policy.Options{Table: "podwall"}, Kernel: w.kernel, Links: w, Forget: w.forget,
+			NodeName: "here", Policy: policy.Options{Table: "podwall"}, Kernel: w.kernel, Links: w, Connections: w,
 			Log: slog.New(slog.DiscardHandler), Metrics: metrics.New(func() float64 { return 0 }), Clock: clock.RealClock{},
 		})
 		reg, _, err := registry.Open(w.dir)

@@ -14,8 +14,9 @@ import (
 // States of a pod on this node.
 const (
 	StateEnforced    = "enforced"
-	StateQuarantined = "quarantined" // closed both ways: not known yet
-	StateDetached    = "detached"    // closed both ways: deleted, its host link is still there
+	StateHidden      = "unenforceable" // its rules are loaded, but its bridge's traffic does not pass them
+	StateQuarantined = "quarantined"   // closed both ways: not known yet
+	StateDetached    = "detached"      // closed both ways: deleted, its host link is still there
 )
 
 // PodStatus is one pod of this node as enforced now.
@@ -44,22 +45,23 @@ type PolicyStatus struct {
 
 // NodeStatus is the node in short.
 type NodeStatus struct {
-	Ready       bool     `json:"ready"`
-	Node        string   `json:"node"`
-	Enforced    int      `json:"enforced"`
-	Quarantined int      `json:"quarantined"`
-	Detached    int      `json:"detached"`
-	Adopted     int      `json:"adopted"`
-	Policies    int      `json:"policies"`
-	Problems    []string `json:"problems"`
-	Error       string   `json:"error,omitempty"` // of the last pass, when it failed
+	Ready         bool     `json:"ready"`
+	Node          string   `json:"node"`
+	Enforced      int      `json:"enforced"`
+	Quarantined   int      `json:"quarantined"`
+	Unenforceable int      `json:"unenforceable"`
+	Detached      int      `json:"detached"`
+	Adopted       int      `json:"adopted"`
+	Policies      int      `json:"policies"`
+	Problems      []string `json:"problems"`
+	Error         string   `json:"error,omitempty"` // of the last pass, when it failed
 }
 
 // publish makes the outcome of a pass visible.
 func (l *Loop) publish(in policy.Input, out policy.Output) {
 	v := view{ready: true, byKey: map[attach.Key]*PodStatus{}, ruleset: out.Ruleset, problems: out.Problems}
 	states := l.sortedStates()
-	counts := map[string]int{StateEnforced: 0, StateQuarantined: 0, StateDetached: 0}
+	counts := map[string]int{StateEnforced: 0, StateHidden: 0, StateQuarantined: 0, StateDetached: 0}
 	adopted := 0
 	v.pods = make([]PodStatus, len(in.Endpoints))
 	for i, e := range in.Endpoints {
@@ -77,6 +79,9 @@ func (l *Loop) publish(in policy.Input, out policy.Output) {
 				if st.entry.Detached && st.clean {
 					s.State = StateDetached
 				}
+			}
+			if s.State == StateEnforced && st.hidden != nil {
+				s.State, s.Reason = StateHidden, st.hidden.Error()
 			}
 			v.byKey[st.entry.Key] = s
 			counts[s.State]++
@@ -191,6 +196,8 @@ func (l *Loop) NodeStatus() NodeStatus {
 			s.Adopted++
 		case p.State == StateEnforced:
 			s.Enforced++
+		case p.State == StateHidden:
+			s.Unenforceable++
 		case p.State == StateDetached:
 			s.Detached++
 		default:
