@@ -15,6 +15,7 @@ import (
 	"github.com/podwall/podwall/pkg/agentapi"
 	"github.com/podwall/podwall/pkg/cli"
 	"github.com/podwall/podwall/pkg/policy"
+	"github.com/podwall/podwall/pkg/ruleset"
 )
 
 // config is the command line of `podwalld run`.
@@ -27,6 +28,7 @@ type config struct {
 	cniConfDir            string
 	ownNodeEgress         string
 	nodeDNS               addresses
+	established           string
 	deny                  string
 	logLevel              slog.Level
 	logFormat             string
@@ -67,6 +69,7 @@ func (c *config) flags(fs *flag.FlagSet) {
 	fs.StringVar(&c.cniConfDir, "cni-conf-dir", "", "watch the conflists in `DIR` and append podwall's entry again when it was lost; empty means off")
 	fs.StringVar(&c.ownNodeEgress, "own-node-egress", "enforce", "pod to its own node: `enforce|allow` egress policies")
 	fs.Var(&c.nodeDNS, "node-dns", "`IP` of this node whose port 53 every pod may reach, for NodeLocal DNS (repeatable)")
+	fs.StringVar(&c.established, "established", "cut", "connections that a change no longer allows: `cut|keep`")
 	fs.StringVar(&c.deny, "deny", "drop", "what happens to denied packets: `drop|reject`")
 	fs.TextVar(&c.logLevel, "log-level", slog.LevelInfo, "`LEVEL`: debug, info, warn or error")
 	fs.StringVar(&c.logFormat, "log-format", "text", "`text|json`")
@@ -110,6 +113,7 @@ func (c *config) complete() error {
 	}
 	for _, choice := range []struct{ flag, value, a, b string }{
 		{"own-node-egress", c.ownNodeEgress, "enforce", "allow"},
+		{"established", c.established, "cut", "keep"},
 		{"deny", c.deny, "drop", "reject"},
 		{"log-format", c.logFormat, "text", "json"},
 	} {
@@ -123,11 +127,17 @@ func (c *config) complete() error {
 	return nil
 }
 
+// tables are what podwall may have in the kernel.
+func (c *config) tables() []ruleset.TableID {
+	return []ruleset.TableID{{Family: ruleset.Inet, Name: c.table}, {Family: ruleset.Netdev, Name: c.table}}
+}
+
 func (c *config) options() policy.Options {
 	return policy.Options{
 		Table:        c.table,
 		AllowOwnNode: c.ownNodeEgress == "allow",
 		NodeDNS:      c.nodeDNS,
+		Cut:          c.established == "cut",
 		Reject:       c.deny == "reject",
 	}
 }

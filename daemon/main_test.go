@@ -94,7 +94,7 @@ func testCall(out *bytes.Buffer, args ...string) *cli.Call {
 
 func TestNodeName(t *testing.T) {
 	t.Setenv("NODE_NAME", "node-7")
-	cfg := config{socket: "/s", stateDir: "/d", table: "podwall", ownNodeEgress: "enforce", deny: "drop", logFormat: "text"}
+	cfg := config{socket: "/s", stateDir: "/d", table: "podwall", ownNodeEgress: "enforce", established: "cut", deny: "drop", logFormat: "text"}
 	if err := cfg.complete(); err != nil || cfg.nodeName != "node-7" {
 		t.Errorf("node name %q, %v", cfg.nodeName, err)
 	}

@@ -58,6 +58,7 @@ func showStatus(ctx context.Context, c *cli.Call) error {
 		t.row("pods enforced", s.Enforced)
 		t.row("pods adopted", s.Adopted)
 		t.row("pods quarantined", s.Quarantined)
+		t.row("pods unenforceable", s.Unenforceable)
 		t.row("pods detached", s.Detached)
 		t.row("problems", len(s.Problems))
 		for _, p := range s.Problems {
@@ -87,10 +88,11 @@ func showPods(ctx context.Context, c *cli.Call) error {
 	return err
 }
 
-// direction shows the policies that isolate a pod: "open" is the absence of any.
+// direction shows the policies that isolate a pod: "open" is the absence of any. Those of a pod that is unenforceable are loaded and
+// hold for what does not stay on its bridge.
 func direction(p reconcile.PodStatus, policies []string) string {
 	switch {
-	case p.State != reconcile.StateEnforced:
+	case p.State != reconcile.StateEnforced && p.State != reconcile.StateHidden:
 		return "closed"
 	case policies == nil:
 		return "open"
@@ -137,17 +139,23 @@ func showRuleset(ctx context.Context, c *cli.Call) error {
 	return err
 }
 
-// showHealth asks the daemon of its own container if there is one, else whoever writes on this node.
+// showHealth asks the daemon of its own container if there is one, else whoever writes on this node. Nobody else can answer for
+// whether this container's daemon lives.
 func showHealth(ctx context.Context, c *cli.Call) error {
 	socket := c.Flags.String("socket", agentapi.DefaultSocket, "`PATH` of the daemon's socket")
 	output := c.Flags.String("o", "table", "output as `table|json`")
+	live := c.Flags.Bool("live", false, "ask whether the daemon of this container makes progress, whatever it has to wait for")
 	if err := c.Parse(); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
-	err := askOwnHealth(ctx, ownHealth(*socket))
-	if errors.Is(err, syscall.ECONNREFUSED) {
+	path := "/readyz"
+	if *live {
+		path = "/livez"
+	}
+	err := askOwnHealth(ctx, ownHealth(*socket), path)
+	if errors.Is(err, syscall.ECONNREFUSED) && !*live {
 		err = agentapi.NewClient(*socket).Status(ctx)
 	}
 	switch {
@@ -164,14 +172,14 @@ func showHealth(ctx context.Context, c *cli.Call) error {
 	return err
 }
 
-func askOwnHealth(ctx context.Context, address string) error {
+func askOwnHealth(ctx context.Context, address, path string) error {
 	client := http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return (&net.Dialer{}).DialContext(ctx, "unix", address)
 		},
 	}}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://podwalld/readyz", nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://podwalld"+path, nil)
 	if err != nil {
 		return err
 	}
@@ -184,6 +192,9 @@ func askOwnHealth(ctx context.Context, address string) error {
 		return nil
 	}
 	reason, _ := io.ReadAll(io.LimitReader(resp.Body, 4096))
+	if path == "/livez" {
+		return fmt.Errorf("hung: %s", strings.TrimSpace(string(reason)))
+	}
 	return fmt.Errorf("not ready: %s", strings.TrimSpace(string(reason)))
 }
 

@@ -49,11 +49,18 @@ func runDaemon(ctx context.Context, c *cli.Call) error {
 	if err != nil {
 		return err
 	}
-	kernel, err := nft.New(nft.Config{})
+	if err := dropPrivileges(cfg.capabilities(), log); err != nil {
+		return err
+	}
+	kernel, err := nft.New(nft.Config{Own: true})
 	if err != nil {
 		return err
 	}
 	defer func() { _ = kernel.Close() }()
+	owner, err := kernel.SyscallConn()
+	if err != nil {
+		return err
+	}
 	connections, err := conntrack.New(conntrack.Config{})
 	if err != nil {
 		return err
@@ -61,25 +68,33 @@ func runDaemon(ctx context.Context, c *cli.Call) error {
 	defer connections.Close()
 
 	m := metrics.New(func() float64 { return float64(len(faults())) })
+	foreign := make(chan string, foreignBacklog)
 	loop := reconcile.New(reconcile.Config{
 		NodeName: cfg.nodeName, Standalone: cfg.manifests != "", Policy: cfg.options(),
-		Kernel: kernel, Links: registry.Links{}, Forget: connections.Forget,
+		Kernel: kernel, Links: registry.Links{}, Foreign: foreign, Connections: connections,
 		Log: log, Metrics: m, Clock: clock.RealClock{},
 	})
-	log.Info("starting", "version", versionText(), "node", cfg.nodeName, "table", cfg.table)
+	log.Info("starting", "version", versionText(), "node", cfg.nodeName, "table", cfg.table, "own", kernel.Owns())
+	if !kernel.Owns() {
+		log.Warn("this kernel cannot give podwall's tables an owner (Linux 6.9 can): what others do to them is undone, not prevented")
+	}
 
+	// What is handed over is held until this process has let go of everything: its end is what a standby waits for.
+	handOver, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
 	g, ctx := errgroup.WithContext(ctx)
 	lead := make(chan *registry.Registry, 1)
 	var lock *os.File // held until the process has stopped writing
 	g.Go(func() error {
 		var err error
-		lock, err = becomeWriter(ctx, &cfg, lead, log)
+		lock, err = becomeWriter(ctx, &cfg, kernel, lead, log)
 		return err
 	})
 	g.Go(func() error { return loop.Run(ctx, lead) })
 	g.Go(func() error { return src.Run(ctx, loop) })
 	g.Go(func() error { return watchLinks(ctx, loop, log) })
-	g.Go(func() error { return serveSocket(ctx, &cfg, loop, faults, log) })
+	g.Go(func() error { return watchKernel(ctx, kernel, foreign, log) })
+	g.Go(func() error { return serveSocket(ctx, handOver, &cfg, loop, owner, faults, log) })
 	g.Go(func() error { return watchStandDown(ctx, &cfg, loop, log) })
 	if cfg.cniConfDir != "" {
 		g.Go(func() error { return keepEntry(ctx, &cfg, log) })
@@ -90,6 +105,8 @@ func runDaemon(ctx context.Context, c *cli.Call) error {
 		g.Go(func() error { return serveHealth(ctx, "tcp", cfg.listen, health, log) })
 	}
 	err = g.Wait()
+	// Before the lock falls: who takes it finds tables that are nobody's, or that only it holds the owner of.
+	err = errors.Join(err, kernel.Close())
 	if lock != nil {
 		_ = lock.Close()
 	}
@@ -132,21 +149,25 @@ func newSource(cfg *config, log *slog.Logger) (source, func() []string, error) {
 }
 
 // becomeWriter waits until no other podwalld writes on this node, then hands the registrations to the loop. During an update of
-// the DaemonSet the new daemon stands by here, with all objects read, until the old one has gone.
-func becomeWriter(ctx context.Context, cfg *config, lead chan<- *registry.Registry, log *slog.Logger) (*os.File, error) {
+// the DaemonSet the new daemon stands by here, with all objects read, until the old one has gone, and holds its tables' owner.
+func becomeWriter(ctx context.Context, cfg *config, kernel *nft.Kernel, lead chan<- *registry.Registry, log *slog.Logger) (*os.File, error) {
 	// A kubelet makes missing hostPath directories 0755.
 	if err := errors.Join(os.MkdirAll(cfg.stateDir, 0o700), os.Chmod(cfg.stateDir, 0o700)); err != nil { //nolint:gosec // a directory needs x
 		return nil, fmt.Errorf("make --state-dir private: %w", err)
 	}
+	release := func() {}
 	lock, err := registry.Lock(ctx, filepath.Join(cfg.stateDir, "daemon.lock"), func() {
 		log.Info("another podwalld writes on this node: standing by", "lock", filepath.Join(cfg.stateDir, "daemon.lock"))
+		release = holdOwner(ctx, agentapi.NewClient(cfg.socket), log)
 	})
+	release()
 	if ctx.Err() != nil {
 		return nil, nil //nolint:nilerr // stopped while standing by
 	}
 	if err != nil {
 		return nil, err
 	}
+	takeOver(ctx, kernel, cfg.tables(), log)
 	reg, unreadable, err := registry.Open(filepath.Join(cfg.stateDir, "attachments"))
 	if err != nil {
 		return lock, err
@@ -168,6 +189,30 @@ func watchLinks(ctx context.Context, loop *reconcile.Loop, log *slog.Logger) err
 		}
 		log.Warn("link events lost, subscribing again", "error", err)
 		loop.LinkGone()
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(time.Second):
+		}
+	}
+}
+
+// foreignBacklog is how many commits of others are remembered by name while the loop is busy.
+const foreignBacklog = 16
+
+// watchKernel tells the loop what others commit. Without it a sweep finds what they have changed.
+func watchKernel(ctx context.Context, kernel *nft.Kernel, foreign chan<- string, log *slog.Logger) error {
+	for {
+		err := kernel.Watch(ctx, func(who string) {
+			select {
+			case foreign <- who:
+			default: // the loop will look in any case
+			}
+		})
+		if ctx.Err() != nil {
+			return nil
+		}
+		log.Warn("events of nftables lost, subscribing again", "error", err)
 		select {
 		case <-ctx.Done():
 			return nil
@@ -212,7 +257,7 @@ func keepEntry(ctx context.Context, cfg *config, log *slog.Logger) error {
 
 // serveSocket answers the plugin from the moment on that the kernel holds a complete ruleset: before that an ADD finds no
 // socket, is told to try again, and leaves nothing behind.
-func serveSocket(ctx context.Context, cfg *config, loop *reconcile.Loop, faults func() []string, log *slog.Logger) error {
+func serveSocket(ctx, handOver context.Context, cfg *config, loop *reconcile.Loop, owner syscall.RawConn, faults func() []string, log *slog.Logger) error {
 	if err := loop.WaitReady(ctx); err != nil {
 		return nil //nolint:nilerr // the daemon was stopped before it was ready
 	}
@@ -221,14 +266,25 @@ func serveSocket(ctx context.Context, cfg *config, loop *reconcile.Loop, faults 
 		return err
 	}
 	log.Info("ready", "socket", cfg.socket)
-	return agentapi.Serve(ctx, ln, agentapi.NewHandler(agent{loop}, views(loop, faults), log), log)
+	handler := agentapi.NewHandler(agent{loop}, views(loop, faults), log)
+	return agentapi.Serve(ctx, ln, agentapi.HandOver(handOver, handler, owner), log)
 }
+
+// stuck is for how long one pass of the loop may last before the daemon counts as hung. A new daemon starts from what is in the
+// kernel, so that being restarted for nothing costs nothing but time.
+const stuck = 2 * time.Minute
 
 // healthHandler answers Prometheus and probes.
 func healthHandler(cfg *config, loop *reconcile.Loop, m *metrics.Metrics) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(m.Registry, promhttp.HandlerOpts{}))
-	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { _, _ = fmt.Fprintln(w, "ok") })
+	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) {
+		if busy := loop.Busy(); busy > stuck {
+			http.Error(w, fmt.Sprintf("the kernel has not answered for %s", busy.Round(time.Second)), http.StatusServiceUnavailable)
+			return
+		}
+		_, _ = fmt.Fprintln(w, "ok")
+	})
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
 		if err := ready(r.Context(), cfg, loop); err != nil {
 			http.Error(w, err.Error(), http.StatusServiceUnavailable)
