@@ -7,7 +7,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LDFLAGS := -s -w -X main.version=$(VERSION)
-FUZZTIME ?= 30s
+FUZZTIME ?= 10m
 VERDICTS ?= 3000000
 MEMORY_STEPS ?= 100000
 ENGINE_VERDICTS ?= 1000000
@@ -16,7 +16,7 @@ GO_BUILD := CGO_ENABLED=0 go build -trimpath
 
 PROGRAMS := podwall podwalld $(if $(wildcard install/*.go),podwall-install)
 MODULE := github.com/podwall/podwall
-E2E := ./tests/e2e/...
+E2E := ./tests/e2e/... ./tests/faults/...
 LINT := go tool -modfile=tools/go.mod golangci-lint
 
 .PHONY: help
@@ -60,10 +60,11 @@ test: root deps build tools ## all tests but the cluster's: vet, unit (race dete
 	go -C tests/oracle vet ./...
 	go build -o bin/testreport ./hack/testreport
 	{ failed=0; \
-	  go test -json -count=1 -timeout 10m -race -cover $$(go list ./... | grep -v /tests/e2e) || failed=1; \
+	  go test -json -count=1 -timeout 10m -race -cover $$(go list ./... | grep -vE "/tests/(e2e|faults)") || failed=1; \
 	  PODWALL_E2E_BIN=$(CURDIR)/bin go test -json -count=1 -timeout 10m $(E2E) || failed=1; \
 	  go -C tests/oracle test -json -count=1 -timeout 10m ./... || failed=1; \
 	  exit $$failed; } | bin/testreport -cover $(MODULE)/pkg/policy=90 -cover $(MODULE)/pkg/ruleset=90
+	hack/fuzz.sh 2s
 
 .PHONY: test-race
 test-race: root deps build tools ## all of that with the race detector, in the daemon of the end-to-end tests as well (as root)
@@ -78,6 +79,10 @@ fuzz: root deps ## millions of random verdicts, in memory and in the kernel, aga
 	go -C tests/oracle test -count=1 -timeout 60m -v -run 'TestKernelAgreesWithOracle|TestUpdateSequences' ./kernel -kernel-verdicts $(VERDICTS) -kernel-steps $(KERNEL_STEPS)
 	go -C tests/oracle test -count=1 -timeout 60m -v -run TestEngines ./engines -engine-verdicts $(ENGINE_VERDICTS)
 	hack/fuzz.sh $(FUZZTIME)
+
+.PHONY: faults
+faults: root deps build tools ## endurance: daemons killed under traffic, policy flips, churn of pods, revocation (as root, takes an hour)
+	PODWALL_E2E_BIN=$(CURDIR)/bin go test -v -count=1 -timeout 2h ./tests/faults -args -kills 500 -flips 1000 -attachments 10000 -revocations 200 -revoked-flows 100000 -unrelated-flows 100000
 
 .PHONY: mutants
 mutants: ## build podwall wrong in every way that is listed, one at a time; the oracle's tests must see each

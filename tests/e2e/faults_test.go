@@ -1,19 +1,24 @@
 package e2e
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/podwall/podwall/internal/testnet"
+	"github.com/podwall/podwall/pkg/conflist"
 )
 
 // sweepTimeout is how long the daemon may take to find what it is not told of: it looks at links and tables every 10 s.
@@ -26,8 +31,9 @@ func cell(from, to string, want bool) testnet.Cell {
 
 var clientAndGuest = podManifest("default", "client", "role: client") + podManifest("default", "guest", "role: guest")
 
-// TestFlushedTables holds that what somebody else takes out of podwall's tables comes back: with the daemon's start, before the
-// next ADD is answered, and with the next sweep.
+// TestFlushedTables holds that what somebody else takes out of podwall's tables while there is no daemon comes back with its
+// start, and that while there is one they cannot be touched, or on a kernel whose tables have no owner (before Linux 6.9) come
+// back at once.
 func TestFlushedTables(t *testing.T) {
 	t.Parallel()
 	linkLocalProbe := func(t *testing.T, from, to *testnet.Pod) testnet.Probe {
@@ -50,11 +56,20 @@ func TestFlushedTables(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			n := start(t, setup{cni: tt.cni, manifests: quiet})
+			owned := ownsTables(t, n)
 			flush := func() {
 				t.Helper()
 				if _, err := n.Host.Run(t.Context(), "nft", tt.command); err != nil {
 					t.Fatal(err)
 				}
+			}
+			tables := func() string {
+				t.Helper()
+				out, err := n.Host.Run(t.Context(), "nft", "--stateless", "--handle", "list", "ruleset")
+				if err != nil {
+					t.Fatal(err)
+				}
+				return out
 			}
 			a, b := add(t, n, "default", "a"), add(t, n, "default", "b", testnet.TCP(80))
 			toB := tt.probe(t, a, b)
@@ -70,14 +85,331 @@ func TestFlushedTables(t *testing.T) {
 			}
 			expect(t, toB, testnet.Denied)
 
-			flush()
+			if !owned {
+				flush()
+				within(t, changeTimeout, toB, testnet.Denied)
+				return
+			}
+			before := tables()
+			_, err := n.Host.Run(t.Context(), "nft", tt.command)
+			if refused := err != nil && strings.Contains(err.Error(), "Operation not permitted"); !refused && tt.command != "flush ruleset" {
+				t.Errorf("nft: %v, want to be refused", err)
+			}
+			expect(t, toB, testnet.Denied)
+			if after := tables(); after != before { // its handles would tell that something was made anew
+				t.Errorf("the command has changed something:\n%s\nwas\n%s", after, before)
+			}
 			c := add(t, n, "default", "c", testnet.TCP(80))
 			expect(t, tt.probe(t, a, c), testnet.Denied)
-			expect(t, toB, testnet.Denied)
-
-			flush()
-			within(t, sweepTimeout, toB, testnet.Denied)
 		})
+	}
+}
+
+// dialogue is a connection between two pods whose ends are both at hand.
+type dialogue struct {
+	name           string
+	client, server net.Conn
+	said           int
+}
+
+// openDialogue connects over "tcp" or "udp", IPv4. The server's end has seen the first record.
+func openDialogue(t *testing.T, proto, name string, from, to *testnet.Pod) *dialogue {
+	t.Helper()
+	k := &dialogue{name: fmt.Sprintf("%s, %s to %s, %s", proto, from.Name, to.Name, name)}
+	at := netip.AddrPortFrom(to.Addrs[testnet.IPv4], 0).String()
+	dial := func(address net.Addr) {
+		t.Helper()
+		if err := from.In(func() error {
+			var err error
+			k.client, err = net.DialTimeout(proto, address.String(), changeTimeout)
+			return err
+		}); err != nil {
+			t.Fatalf("%s: %v", k.name, err)
+		}
+		t.Cleanup(func() { _ = k.client.Close() })
+	}
+	if proto == "tcp" {
+		var l net.Listener
+		if err := to.In(func() error {
+			var err error
+			l, err = net.Listen(proto, at)
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		dial(l.Addr())
+		var err error
+		if k.server, err = l.Accept(); err != nil {
+			t.Fatalf("%s: %v", k.name, err)
+		}
+	} else {
+		var bound *net.UDPConn
+		if err := to.In(func() error {
+			var err error
+			bound, err = net.ListenUDP(proto, net.UDPAddrFromAddrPort(netip.MustParseAddrPort(at)))
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+		dial(bound.LocalAddr())
+		k.server = answering{bound, k.client.LocalAddr()}
+	}
+	t.Cleanup(func() { _ = k.server.Close() })
+	for _, from := range []string{"client", "server"} {
+		if err := k.say(from, changeTimeout); err != nil {
+			t.Fatalf("%s, while it may: %v", k.name, err)
+		}
+	}
+	return k
+}
+
+// answering is a server's UDP socket that talks to one client.
+type answering struct {
+	*net.UDPConn
+	to net.Addr
+}
+
+func (a answering) Write(b []byte) (int, error) { return a.WriteTo(b, a.to) }
+
+// say sends a record from the client or the server and waits until it has arrived.
+func (k *dialogue) say(who string, wait time.Duration) error {
+	from, to := k.client, k.server
+	if who == "server" {
+		from, to = to, from
+	}
+	k.said++
+	record := fmt.Sprintf("%s %d\n", who, k.said)
+	if _, err := io.WriteString(from, record); err != nil {
+		return err
+	}
+	if err := to.SetReadDeadline(time.Now().Add(wait)); err != nil {
+		return err
+	}
+	buf := make([]byte, 1000)
+	for {
+		n, err := to.Read(buf)
+		if err != nil {
+			return fmt.Errorf("what the %s says does not arrive: %w", who, err)
+		}
+		if strings.HasSuffix(string(buf[:n]), record) { // behind what was sent before and came late
+			return nil
+		}
+	}
+}
+
+// TestTablesGone holds what becomes of connections when a daemon finds its tables deleted: those that were allowed before live on,
+// whichever end speaks first, and those that are denied and began meanwhile end, also when conntrack has met them in the middle
+// and takes the server for the client. Without a daemon, and without the tables, all of them pass.
+func TestTablesGone(t *testing.T) {
+	t.Parallel()
+	manifests := map[string]string{
+		"pods.yaml": clientAndGuest + podManifest("default", "server", "app: server") + podManifest("default", "talkative", "app: talkative"),
+		// Neither end's packets could begin anything from the middle.
+		"policy.yaml": policyManifest("default", "server", "{podSelector: {matchLabels: {app: server}}, policyTypes: [Ingress, Egress], ingress: [{from: [{podSelector: {matchLabels: {role: client}}}]}]}") +
+			policyManifest("default", "client", "{podSelector: {matchLabels: {role: client}}, policyTypes: [Ingress]}") +
+			// It may begin connections to the guest, and the guest none to it.
+			policyManifest("default", "talkative", "{podSelector: {matchLabels: {app: talkative}}, policyTypes: [Ingress]}"),
+	}
+	ends := []string{"client", "server"}
+	for _, cni := range mainCNIs {
+		t.Run(cni, func(t *testing.T) {
+			t.Parallel()
+			n := start(t, setup{cni: cni, manifests: manifests})
+			nft := func(text string) {
+				t.Helper()
+				if _, err := n.Host.Run(t.Context(), "nft", text); err != nil {
+					t.Fatal(err)
+				}
+			}
+			client, guest, server := add(t, n, "default", "client"), add(t, n, "default", "guest"), add(t, n, "default", "server", testnet.TCP(80))
+			talkative := add(t, n, "default", "talkative")
+			var allowed, denied []*dialogue
+			for _, proto := range []string{"tcp", "udp"} {
+				for _, first := range ends {
+					allowed = append(allowed, openDialogue(t, proto, first+" speaks first", client, server))
+				}
+			}
+			if err := n.KillDaemon(); err != nil {
+				t.Fatal(err)
+			}
+			nft("delete table inet podwall; delete table netdev podwall")
+			// UDP that nobody has tracked is a flow of whoever speaks next, and talkative may speak to guest.
+			for _, first := range ends {
+				denied = append(denied, openDialogue(t, "tcp", "untracked, "+first+" speaks first", guest, talkative))
+			}
+			// Somebody needs tracking: what goes on now is met in the middle, what begins is seen from its beginning.
+			middle := []*dialogue{denied[0], denied[1]}
+			nft("add table inet other; add chain inet other c { type filter hook forward priority 0; }; add rule inet other c ct state invalid")
+			for i, k := range middle {
+				for _, who := range []string{ends[i], ends[1-i]} {
+					if err := k.say(who, changeTimeout); err != nil {
+						t.Fatalf("%s, without tables: %v", k.name, err)
+					}
+				}
+			}
+			for _, proto := range []string{"tcp", "udp"} {
+				for _, first := range ends {
+					denied = append(denied, openDialogue(t, proto, "tracked, "+first+" speaks first", guest, talkative))
+				}
+			}
+			if err := n.StartDaemon(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			for i, k := range allowed {
+				for _, who := range []string{ends[i%2], ends[1-i%2]} {
+					if err := k.say(who, changeTimeout); err != nil {
+						t.Errorf("%s: %v", k.name, err)
+					}
+				}
+			}
+			time.Sleep(goneAfter)
+			for i, k := range denied {
+				for _, who := range []string{ends[i%2], ends[1-i%2]} {
+					if err := k.say(who, 300*time.Millisecond); err == nil {
+						t.Errorf("%s: what the %s says still arrives", k.name, who)
+					}
+				}
+			}
+			expectAll(t, n, guest.Host, server.Host, testnet.TCP(80), testnet.Denied)
+			expectAll(t, n, client.Host, server.Host, testnet.TCP(80), testnet.Allowed)
+			for i, k := range allowed { // also after the revoker's second look
+				if err := k.say(ends[i%2], changeTimeout); err != nil {
+					t.Errorf("%s, later: %v", k.name, err)
+				}
+			}
+		})
+	}
+}
+
+// goneAfter is when the connections that a start revokes have been looked at, on a machine that is busy.
+const goneAfter = 2 * time.Second
+
+// ownsTables reports whether this kernel gives tables an owner, as the daemon has found.
+func ownsTables(t *testing.T, n *testnet.Node) bool {
+	t.Helper()
+	log := n.Log()
+	if !strings.Contains(log, " own=") {
+		t.Fatalf("the daemon does not say whether it owns its tables:\n%s", log)
+	}
+	return strings.Contains(log, " own=true")
+}
+
+// TestHandOver holds that nobody can change the tables between the death of a daemon and the moment in which the one that
+// stands by takes over, however long that takes; and that without a standby they can.
+func TestHandOver(t *testing.T) {
+	t.Parallel()
+	for _, standby := range []bool{true, false} {
+		t.Run(fmt.Sprintf("standby %v", standby), func(t *testing.T) {
+			t.Parallel()
+			n := start(t, setup{cni: "ptp", manifests: quiet})
+			if !ownsTables(t, n) {
+				t.Skip("this kernel's tables have no owner (Linux 6.9)")
+			}
+			a, b := add(t, n, "default", "a"), add(t, n, "default", "b", testnet.TCP(80))
+			toB := testnet.Probe{From: a.Host, To: b.Host, Family: testnet.IPv4, Port: testnet.TCP(80)}
+			expect(t, toB, testnet.Denied)
+			remove := func() error {
+				_, err := n.Host.Run(t.Context(), "nft", "delete table inet podwall")
+				return err
+			}
+			refused := func() {
+				t.Helper()
+				if err := remove(); err == nil || !strings.Contains(err.Error(), "Operation not permitted") {
+					t.Fatalf("deleting the table: %v, want to be refused", err)
+				}
+				expect(t, toB, testnet.Denied)
+			}
+			refused()
+			if !standby {
+				if err := n.KillDaemon(); err != nil {
+					t.Fatal(err)
+				}
+				if err := remove(); err != nil {
+					t.Fatal(err)
+				}
+				expect(t, toB, testnet.Allowed)
+				return
+			}
+			pidFile, logFile := filepath.Join(n.Dir, "standby.pid"), filepath.Join(n.Dir, "standby.log")
+			said := func(what string) {
+				t.Helper()
+				poll(t, "the standby logs "+what, func() bool {
+					log, err := os.ReadFile(logFile)
+					return err == nil && strings.Contains(string(log), what)
+				})
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			ended := make(chan struct{})
+			go func() {
+				defer close(ended)
+				_, _ = n.Host.Run(ctx, "sh", "-c", `echo $$ >"$1"; exec 2>"$2"; shift 2; exec "$@"`, "sh", pidFile, logFile,
+					n.Binaries.Podwalld, "run", "--manifests", n.ManifestDir(), "--node-name", n.Name, "--socket", n.Socket(), "--state-dir", n.StateDir(), "--listen", "")
+			}()
+			defer func() { cancel(); <-ended }()
+			said("holding the owner of the writer's tables")
+			text, err := os.ReadFile(pidFile)
+			if err != nil {
+				t.Fatal(err)
+			}
+			pid, err := strconv.Atoi(strings.TrimSpace(string(text)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			refused()
+			// The standby does not get to run: the moment without a writer takes as long as the test likes.
+			if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+				t.Fatal(err)
+			}
+			if err := n.KillDaemon(); err != nil {
+				t.Fatal(err)
+			}
+			refused()
+			if err := syscall.Kill(pid, syscall.SIGCONT); err != nil {
+				t.Fatal(err)
+			}
+			said("tables taken over")
+			said("ready")
+			refused()
+			add(t, n, "default", "c")
+			if log, err := os.ReadFile(logFile); err == nil {
+				for line := range strings.Lines(string(log)) {
+					if strings.Contains(line, "tables taken over") || strings.Contains(line, "level=ERROR") {
+						t.Log(strings.TrimSpace(line))
+					}
+				}
+			}
+		})
+	}
+}
+
+// TestStandDown holds that a daemon whose tables nobody else can delete does so itself when podwall is uninstalled, and that it
+// has them again when that is undone.
+func TestStandDown(t *testing.T) {
+	t.Parallel()
+	n := start(t, setup{cni: "bridge", manifests: quiet})
+	owned := ownsTables(t, n)
+	a, b := add(t, n, "default", "a"), add(t, n, "default", "b", testnet.TCP(80))
+	toB := testnet.Probe{From: a.Host, To: b.Host, Family: testnet.IPv4, Port: testnet.TCP(80)}
+	expect(t, toB, testnet.Denied)
+	marker := filepath.Join(n.StateDir(), conflist.StandDownFile)
+	if err := os.WriteFile(marker, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	poll(t, "the tables are gone", func() bool {
+		out, err := n.Host.Run(t.Context(), "nft", "list", "tables")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return !strings.Contains(out, "podwall")
+	})
+	expect(t, toB, testnet.Allowed)
+	if err := os.Remove(marker); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, toB, testnet.Denied)
+	if _, err := n.Host.Run(t.Context(), "nft", "delete table inet podwall"); owned && err == nil {
+		t.Error("the table is not owned after that")
 	}
 }
 

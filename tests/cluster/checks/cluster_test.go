@@ -85,6 +85,7 @@ func TestCluster(t *testing.T) {
 					c.uninstall(t)
 				}
 			}
+			defer c.keepLogs(t, check.name)
 			check.run(t, c)
 			t.Logf("took %.1f s", time.Since(begin).Seconds())
 		})
@@ -94,6 +95,20 @@ func TestCluster(t *testing.T) {
 		t.Error(err)
 	}
 	fmt.Println(report)
+}
+
+// keepLogs writes what podwall's pods have said beside the cluster's own logs when a check has failed.
+func (c *cluster) keepLogs(t *testing.T, check string) {
+	if !t.Failed() {
+		return
+	}
+	out, err := c.tryKubectl(context.WithoutCancel(t.Context()), "-n", "kube-system", "logs", "-l", "app.kubernetes.io/name=podwall", "--all-containers", "--prefix", "--tail=-1")
+	if err != nil {
+		t.Logf("podwall's logs: %v", err)
+	}
+	if err := os.WriteFile(c.lab.Logs()+"/podwall-"+check+".log", []byte(out), 0o644); err != nil { //nolint:gosec // logs
+		t.Log(err)
+	}
 }
 
 // figure records a measured value for the table at the end.

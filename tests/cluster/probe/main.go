@@ -6,7 +6,6 @@ import (
 	"context"
 	"encoding/binary"
 	"encoding/json"
-	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -15,6 +14,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -322,6 +322,20 @@ type flow struct {
 	Since     int64  `json:"since"`
 }
 
+// keptConn remembers what ended it: net/http does not tell, it dials again.
+type keptConn struct {
+	net.Conn
+	end atomic.Value // string
+}
+
+func (c *keptConn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	if err != nil {
+		c.end.CompareAndSwap(nil, fmt.Sprintf("%s: %v", time.Now().Format(time.StampMilli), err))
+	}
+	return n, err
+}
+
 func (p *probe) keep(name, addr string, every time.Duration) {
 	f := &flow{Since: time.Now().UnixNano()}
 	p.mu.Lock()
@@ -338,13 +352,18 @@ func (p *probe) keep(name, addr string, every time.Duration) {
 		}
 	}
 	go func() {
-		dials := 0
+		var kept *keptConn
 		client := &http.Client{Timeout: 3 * time.Second, Transport: &http.Transport{
 			DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
-				if dials++; dials > 1 {
-					return nil, errors.New("the connection that should stay open has ended")
+				if kept != nil {
+					return nil, fmt.Errorf("the connection that should stay open has ended: %v", kept.end.Load())
 				}
-				return (&net.Dialer{}).DialContext(ctx, network, addr)
+				c, err := (&net.Dialer{}).DialContext(ctx, network, addr)
+				if err != nil {
+					return nil, err
+				}
+				kept = &keptConn{Conn: c}
+				return kept, nil
 			},
 		}}
 		for range time.Tick(every) {

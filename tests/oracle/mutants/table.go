@@ -359,7 +359,7 @@ var mutants = []mutant{
 	{
 		"egress-accept-is-final", "what the sender's policies allow is not judged by the receiver's", baseGo,
 		[]edit{
-			{"r.chain(chainEgress, &ruleset.Hook{Name: \"forward\", Priority: priorityEgress}, head, bySource)", "r.chain(chainEgress, &ruleset.Hook{Name: \"forward\", Priority: priorityEgress}, head, bySource, byDestination)"},
+			{"r.chain(chainEgress, &ruleset.Hook{Name: \"forward\", Priority: priorityEgress}, first, bySource)", "r.chain(chainEgress, &ruleset.Hook{Name: \"forward\", Priority: priorityEgress}, first, bySource, byDestination)"},
 			{"r.chain(chainIngress, &ruleset.Hook{Name: \"forward\", Priority: priorityIngress}, head, byDestination, []ruleset.Rule{unregistered})", "r.chain(chainIngress, &ruleset.Hook{Name: \"forward\", Priority: priorityIngress}, head)\n\t_ = unregistered"},
 		},
 	},
@@ -393,7 +393,7 @@ var mutants = []mutant{
 	},
 	{
 		"forged-source", "a pod sends from addresses that are not its own", linkGo,
-		[]edit{{"rules = append(rules, dropRule(notOwn(e, ruleset.IPSaddr)...))\n", ""}},
+		[]edit{{"rules = append(rules, dropRule(notOwn(e, ruleset.IPSaddr)...), dropRule(stranger(e)...))", "rules = append(rules, dropRule(stranger(e)...))"}},
 	},
 	{
 		"solicitation-from-afar", "neighbour discovery passes with any hop limit", baseGo,

@@ -37,7 +37,7 @@ func Model(c *oracle.Cluster) *cluster.Model {
 // Input adds the endpoints to a model: one per sandbox, at the place that its addresses belong to, and one per pod that was
 // there before podwall (adopted by the addresses that the API reports).
 func Input(c *oracle.Cluster, m *cluster.Model) policy.Input {
-	in := policy.Input{Model: m, Options: policy.Options{Table: "podwall", AllowOwnNode: c.AllowOwnNode}}
+	in := policy.Input{Model: m, Options: policy.Options{Table: "podwall", AllowOwnNode: c.AllowOwnNode, Cut: true}}
 	taken := map[netip.Addr]bool{}
 	attached := map[string]bool{}
 	for _, s := range slices.Backward(c.Sandboxes) {
@@ -87,7 +87,7 @@ var protocols = map[oracle.Protocol]uint8{oracle.TCP: ruleset.ProtoTCP, oracle.U
 
 // Packet returns the first packet of a connection, without devices.
 func Packet(conn oracle.Conn) ruleset.Packet {
-	p := ruleset.Packet{Src: conn.Src, Dst: conn.Dst, Proto: protocols[conn.Protocol], Sport: 40000, Dport: conn.Port, HopLimit: 64, CT: ruleset.New}
+	p := ruleset.Packet{Src: conn.Src, Dst: conn.Dst, Proto: protocols[conn.Protocol], Sport: 40000, Dport: conn.Port, HopLimit: 64, CT: ruleset.New, TCPFlags: ruleset.SYN}
 	if conn.Protocol == oracle.ICMP {
 		p.Proto, p.Sport, p.Dport = ruleset.ProtoICMP, 0, 0
 		if conn.Src.Is6() {
