@@ -43,11 +43,8 @@ func decodeExprs(family byte, list []byte) ([]expr.Any, bool) {
 		if ad.Err() != nil || e == nil || expr.Unmarshal(family, data, e) != nil {
 			return nil, false
 		}
-		switch kernel := e.(type) {
-		case *expr.Counter:
-			*kernel = expr.Counter{}
-		case *expr.Lookup:
-			kernel.SetID = noSetID
+		if counter, ok := e.(*expr.Counter); ok {
+			*counter = expr.Counter{}
 		}
 		out = append(out, e)
 	}

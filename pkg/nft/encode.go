@@ -4,13 +4,13 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"math"
 	"slices"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/userdata"
+	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/podwall/podwall/pkg/ruleset"
@@ -43,13 +43,14 @@ const (
 // ruleset.CTState.
 const ctStateUntracked = 1 << 6
 
+// The byte orders of a set's key, as nft keeps them in its user data (src/datatype.c, enum byteorder).
+const (
+	byteOrderHost = 1
+	byteOrderBig  = 2
+)
+
 // registers is how many 32-bit data registers the kernel has (NFT_REG32_00 to NFT_REG32_15).
 const registers = 16
-
-// noSetID is the transaction-local number of no set. Sets are named, but the library sends a number as well, and the kernel
-// takes it when there is no set of that name: with 0 the elements of a set that somebody deleted would go to a set whose
-// AddSet in the same transaction found it there already (nft_set_lookup_global; seen on Linux 6.18).
-const noSetID = math.MaxUint32
 
 // location says where a field is: in the packet's metadata, or in one of its headers.
 type location struct {
@@ -117,97 +118,242 @@ func kernelFamily(f ruleset.Family) (nftables.TableFamily, error) {
 	return 0, fmt.Errorf("family %q is unknown; use inet or netdev", f)
 }
 
-func kernelTable(id ruleset.TableID) (*nftables.Table, error) {
-	family, err := kernelFamily(id.Family)
+// operation writes the messages of the i-th operation of a transaction. own is whether tables become the sender's own.
+func (b *batch) operation(i int, op ruleset.Op, own bool) error {
+	family, err := kernelFamily(op.Table.Family)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	return &nftables.Table{Family: family, Name: id.Name}, nil
+	begin := func(typ uint16, flags netlink.HeaderFlags) {
+		b.message(part{i, -1}, typ, flags, byte(family))
+	}
+	switch op.Kind {
+	case ruleset.AddTable:
+		var flags nftables.TableFlags
+		if own {
+			flags = ownFlags
+		}
+		b.table(part{i, -1}, byte(family), op.Table.Name, flags)
+		return nil
+	case ruleset.DelTable:
+		begin(unix.NFT_MSG_DELTABLE, 0)
+		b.text(unix.NFTA_TABLE_NAME, op.Table.Name)
+	case ruleset.AddSet:
+		begin(unix.NFT_MSG_NEWSET, netlink.Create)
+		if err := b.set(op.Table, op.Set); err != nil {
+			return err
+		}
+	case ruleset.DelSet:
+		begin(unix.NFT_MSG_DELSET, 0)
+		b.text(unix.NFTA_SET_TABLE, op.Table.Name)
+		b.text(unix.NFTA_SET_NAME, op.Set.Name)
+	case ruleset.AddElements:
+		return b.elements(op, func() { begin(unix.NFT_MSG_NEWSETELEM, netlink.Create) })
+	case ruleset.DelElements:
+		return b.elements(op, func() { begin(unix.NFT_MSG_DELSETELEM, 0) })
+	case ruleset.AddChain:
+		begin(unix.NFT_MSG_NEWCHAIN, netlink.Create)
+		if err := b.chain(op.Table, op.Chain); err != nil {
+			return err
+		}
+	case ruleset.FlushChain:
+		begin(unix.NFT_MSG_DELRULE, 0)
+		b.text(unix.NFTA_RULE_TABLE, op.Table.Name)
+		b.text(unix.NFTA_RULE_CHAIN, op.Chain.Name)
+	case ruleset.DelChain:
+		begin(unix.NFT_MSG_DELCHAIN, 0)
+		b.text(unix.NFTA_CHAIN_TABLE, op.Table.Name)
+		b.text(unix.NFTA_CHAIN_NAME, op.Chain.Name)
+	case ruleset.AddRules:
+		return b.rules(i, op, byte(family))
+	default:
+		return fmt.Errorf("operation %d is unknown", op.Kind)
+	}
+	b.close()
+	return nil
 }
 
-func kernelChain(table *nftables.Table, c *ruleset.Chain) (*nftables.Chain, error) {
-	chain := &nftables.Chain{Table: table, Name: c.Name}
+// table writes the message that adds a table, or changes the flags of one that is there.
+func (b *batch) table(p part, family byte, name string, flags nftables.TableFlags) {
+	b.message(p, unix.NFT_MSG_NEWTABLE, netlink.Create, family)
+	b.text(unix.NFTA_TABLE_NAME, name)
+	b.u32(unix.NFTA_TABLE_FLAGS, uint32(flags))
+	b.close()
+}
+
+func (b *batch) chain(table ruleset.TableID, c *ruleset.Chain) error {
+	b.text(unix.NFTA_CHAIN_TABLE, table.Name)
+	b.text(unix.NFTA_CHAIN_NAME, c.Name)
 	if c.Hook == nil {
-		return chain, nil
+		return nil
 	}
-	family := ruleset.Inet
-	if table.Family == nftables.TableFamilyNetdev {
-		family = ruleset.Netdev
-	}
-	number, ok := hookNumbers[family][c.Hook.Name]
+	number, ok := hookNumbers[table.Family][c.Hook.Name]
 	if !ok {
-		return nil, fmt.Errorf("hook %q is unknown in family %s", c.Hook.Name, family)
+		return fmt.Errorf("hook %q is unknown in family %s", c.Hook.Name, table.Family)
 	}
-	accept := nftables.ChainPolicyAccept
-	chain.Type = nftables.ChainTypeFilter
-	chain.Hooknum = &number
-	chain.Priority = new(nftables.ChainPriority(c.Hook.Priority))
-	chain.Policy = &accept
-	chain.Device = c.Hook.Device
-	return chain, nil
+	hook := b.nest(unix.NFTA_CHAIN_HOOK)
+	b.u32(unix.NFTA_HOOK_HOOKNUM, uint32(number))
+	b.u32(unix.NFTA_HOOK_PRIORITY, uint32(c.Hook.Priority)) //nolint:gosec // the kernel's int, which has 32 bits
+	if c.Hook.Device != "" {
+		b.text(unix.NFTA_HOOK_DEV, c.Hook.Device)
+	}
+	b.done(hook)
+	b.u32(unix.NFTA_CHAIN_POLICY, uint32(nftables.ChainPolicyAccept))
+	b.text(unix.NFTA_CHAIN_TYPE, string(nftables.ChainTypeFilter))
+	return nil
 }
 
-func kernelSet(table *nftables.Table, s *ruleset.Set) (*nftables.Set, error) {
+// set writes a set without its elements, with what nft needs to list it: the key's byte order, the lengths of a concatenation's parts.
+func (b *batch) set(table ruleset.TableID, s *ruleset.Set) error {
 	types := make([]nftables.SetDatatype, len(s.Key))
 	for i, k := range s.Key {
 		t, ok := keyTypes[k]
 		if !ok {
-			return nil, fmt.Errorf("key type %q is unknown", k)
+			return fmt.Errorf("key type %q is unknown", k)
 		}
 		types[i] = t
 	}
-	set := &nftables.Set{
-		Table: table, Name: s.Name, IsMap: s.Map, Interval: s.Interval, Concatenation: len(types) > 1,
-		KeyByteOrder: binaryutil.BigEndian, Comment: ruleset.Comment(s.Comment),
-		HasTimeout: s.Timeout > 0, Timeout: s.Timeout, Size: s.Size,
-	}
+	var key nftables.SetDatatype
+	var flags, order uint32 = 0, byteOrderBig
 	switch {
-	case len(types) == 1 && s.Key[0] == ruleset.IfName:
-		set.KeyType, set.KeyByteOrder = types[0], binaryutil.NativeEndian // nft lists a name by it
 	case len(types) == 1:
-		set.KeyType = types[0]
+		if key = types[0]; s.Key[0] == ruleset.IfName {
+			order = byteOrderHost // nft lists a name by it
+		}
 	case s.Interval:
-		return nil, errors.New("an interval set has one key type") // concatenated ranges are another backend
+		return errors.New("an interval set has one key type") // concatenated ranges are another backend
 	default:
 		t, err := nftables.ConcatSetType(types...)
 		if err != nil {
-			return nil, err
+			return err
 		}
-		set.KeyType = t
+		key = t
+		flags |= setConcatenated
+	}
+	if s.Interval {
+		flags |= unix.NFT_SET_INTERVAL
 	}
 	if s.Map {
-		set.DataType = nftables.TypeVerdict
+		flags |= unix.NFT_SET_MAP
 	}
-	return set, nil
+	if s.Timeout > 0 {
+		flags |= unix.NFT_SET_TIMEOUT
+	}
+	b.text(unix.NFTA_SET_TABLE, table.Name)
+	b.text(unix.NFTA_SET_NAME, s.Name)
+	b.u32(unix.NFTA_SET_FLAGS, flags)
+	b.u32(unix.NFTA_SET_KEY_TYPE, key.GetNFTMagic())
+	b.u32(unix.NFTA_SET_KEY_LEN, key.Bytes)
+	b.u32(unix.NFTA_SET_ID, uint32(len(b.parts))) //nolint:gosec // any number that no other set of the transaction has
+	if s.Map {
+		b.u32(unix.NFTA_SET_DATA_TYPE, unix.NFT_DATA_VERDICT)
+		b.u32(unix.NFTA_SET_DATA_LEN, 0)
+	}
+	if s.Timeout > 0 {
+		b.u64(unix.NFTA_SET_TIMEOUT, uint64(s.Timeout.Milliseconds())) //nolint:gosec // positive
+	}
+	if s.Size > 0 || len(types) > 1 {
+		desc := b.nest(unix.NFTA_SET_DESC)
+		if s.Size > 0 {
+			b.u32(unix.NFTA_SET_DESC_SIZE, s.Size)
+		}
+		if len(types) > 1 {
+			concat := b.nest(setDescConcat)
+			for _, t := range types {
+				field := b.nest(unix.NFTA_LIST_ELEM)
+				b.u32(setFieldLen, t.Bytes)
+				b.done(field)
+			}
+			b.done(concat)
+		}
+		b.done(desc)
+	}
+	user := userdata.AppendUint32(nil, userdata.NFTNL_UDATA_SET_KEYBYTEORDER, order)
+	if comment := ruleset.Comment(s.Comment); comment != "" {
+		user = userdata.AppendString(user, userdata.NFTNL_UDATA_SET_COMMENT, comment)
+	}
+	b.value(unix.NFTA_SET_USERDATA, user)
+	return nil
 }
 
-// kernelElements returns the elements in ascending order, which is the order that the kernel needs to recognise
-// overlapping intervals. An interval is its first address and the one behind its last, unless that is the highest.
-func kernelElements(s *ruleset.Set, elems map[ruleset.Elem]ruleset.Verdict) ([]nftables.SetElement, error) {
-	out := make([]nftables.SetElement, 0, len(elems))
-	for _, e := range slices.Sorted(maps.Keys(elems)) {
-		if s.Interval {
+// elements writes as many messages as the elements need. Intervals are in ascending order, which the kernel needs to recognise those
+// that overlap; each is its first address and the one behind its last, unless that is the highest. The set is
+// named and not numbered: with a number the kernel would take another set that has it, should somebody have deleted the one that is meant
+// (nft_set_lookup_global).
+func (b *batch) elements(op ruleset.Op, begin func()) error {
+	list := -1
+	end := func() {
+		if list >= 0 {
+			b.done(list)
+			b.close()
+		}
+	}
+	element := func(key []byte, write func()) {
+		if list < 0 || len(b.buf)-list > mostElements {
+			end()
+			begin()
+			b.text(unix.NFTA_SET_ELEM_LIST_TABLE, op.Table.Name)
+			b.text(unix.NFTA_SET_ELEM_LIST_SET, op.Set.Name)
+			list = b.nest(unix.NFTA_SET_ELEM_LIST_ELEMENTS)
+		}
+		at := b.nest(unix.NFTA_LIST_ELEM)
+		b.data(unix.NFTA_SET_ELEM_KEY, key)
+		if write != nil {
+			write()
+		}
+		b.done(at)
+	}
+	s := op.Set
+	if s.Interval {
+		for _, e := range slices.Sorted(maps.Keys(op.Elements)) {
 			half := len(e) / 2
 			if half != s.Key[0].Len() || len(e)%2 != 0 || e[:half] > e[half:] {
-				return nil, fmt.Errorf("element %x is not a range of %s", string(e), s.Key[0])
+				return fmt.Errorf("element %x is not a range of %s", string(e), s.Key[0])
 			}
-			out = append(out, nftables.SetElement{Key: []byte(e[:half])})
-			if end := next([]byte(e[half:])); end != nil {
-				out = append(out, nftables.SetElement{Key: end, IntervalEnd: true})
+			element([]byte(e[:half]), nil)
+			if last := next([]byte(e[half:])); last != nil {
+				element(last, func() { b.u32(unix.NFTA_SET_ELEM_FLAGS, unix.NFT_SET_ELEM_INTERVAL_END) })
 			}
-			continue
 		}
-		key, err := pad(s.Key, e)
-		if err != nil {
-			return nil, err
-		}
-		elem := nftables.SetElement{Key: key}
-		if s.Map {
-			elem.VerdictData = kernelVerdict(elems[e])
-		}
-		out = append(out, elem)
+		end()
+		return nil
 	}
-	return out, nil
+	var padded []byte
+	for e, v := range op.Elements {
+		var err error
+		if padded, err = pad(padded[:0], s.Key, e); err != nil {
+			return err
+		}
+		if s.Map {
+			element(padded, func() { b.verdict(unix.NFTA_SET_ELEM_DATA, kernelVerdict(v)) })
+		} else {
+			element(padded, nil)
+		}
+	}
+	end()
+	return nil
+}
+
+func (b *batch) rules(i int, op ruleset.Op, family byte) error {
+	for n, r := range op.Chain.Rules {
+		exprs, err := encodeRule(op.Table.Family, op.Chain.Hook, r)
+		if err != nil {
+			return fmt.Errorf("rule %q: %w", r, err)
+		}
+		b.message(part{i, n}, unix.NFT_MSG_NEWRULE, netlink.Create|netlink.Append, family)
+		b.text(unix.NFTA_RULE_TABLE, op.Table.Name)
+		b.text(unix.NFTA_RULE_CHAIN, op.Chain.Name)
+		list := b.nest(unix.NFTA_RULE_EXPRESSIONS)
+		for _, e := range exprs {
+			b.expression(family, e)
+		}
+		b.done(list)
+		if r.Comment != "" {
+			b.value(unix.NFTA_RULE_USERDATA, commentData(r.Comment))
+		}
+		b.close()
+	}
+	return nil
 }
 
 // next returns the number behind a big endian number, or nil if it is the highest.
@@ -221,9 +367,8 @@ func next(v []byte) []byte {
 	return nil
 }
 
-// pad gives every part of a concatenated key a multiple of 32 bits, as registers have.
-func pad(key []ruleset.KeyType, e ruleset.Elem) ([]byte, error) {
-	var out []byte
+// pad appends an element's key, and gives every part of a concatenated one a multiple of 32 bits, as registers have.
+func pad(out []byte, key []ruleset.KeyType, e ruleset.Elem) ([]byte, error) {
 	rest := e
 	for _, k := range key {
 		if len(rest) < k.Len() {
@@ -232,7 +377,7 @@ func pad(key []ruleset.KeyType, e ruleset.Elem) ([]byte, error) {
 		out = append(out, rest[:k.Len()]...)
 		rest = rest[k.Len():]
 		if len(key) > 1 {
-			out = append(out, make([]byte, -len(out)&3)...)
+			out = append(out, "\x00\x00\x00"[:-len(out)&3]...)
 		}
 	}
 	if rest != "" {
@@ -294,12 +439,12 @@ func (enc *encoder) encode(e ruleset.Expr) error {
 		if err := enc.load(e.Fields); err != nil {
 			return err
 		}
-		enc.add(&expr.Lookup{SourceRegister: register(0), SetID: noSetID, SetName: e.Set, Invert: e.Not})
+		enc.add(&expr.Lookup{SourceRegister: register(0), SetName: e.Set, Invert: e.Not})
 	case ruleset.Dispatch:
 		if err := enc.load(e.Fields); err != nil {
 			return err
 		}
-		enc.add(&expr.Lookup{SourceRegister: register(0), SetID: noSetID, SetName: e.Map, DestRegister: unix.NFT_REG_VERDICT, IsDestRegSet: true})
+		enc.add(&expr.Lookup{SourceRegister: register(0), SetName: e.Map, DestRegister: unix.NFT_REG_VERDICT, IsDestRegSet: true})
 	case ruleset.Flags:
 		if err := enc.loadOne(ruleset.TCPFlags); err != nil {
 			return err

@@ -3,11 +3,13 @@ package nft
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"sync"
+	"syscall"
 
-	"github.com/google/nftables"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
@@ -15,14 +17,15 @@ import (
 )
 
 const (
-	// socketBuffer bounds one transaction and the kernel's answers to it (each added rule is echoed). The kernel allocates
-	// what is used. 500,000 elements are about 8 MB. Without it a large transaction fails with EMSGSIZE, or with ENOBUFS
-	// although it was applied (google/nftables#103).
+	// socketBuffer bounds one transaction and the kernel's answers to it. The kernel allocates what is used. 500,000 elements
+	// are about 20 MB. Without it a large transaction fails with EMSGSIZE.
 	socketBuffer = 64 << 20
 
-	// elementsPerMessage keeps the element list of a message below 64 KiB, the limit of a netlink attribute: 150 elements
-	// that go to chains with 255-byte names are 46 kB.
-	elementsPerMessage = 150
+	// keptBuffer is how much of the memory of a transaction is kept for the next: that of a load of everything is not.
+	keptBuffer = 64 << 10
+
+	// mostElements keeps the element list of a message below 64 KiB, the limit of a netlink attribute.
+	mostElements = 60_000
 
 	// maxDumps bounds how often a dump is repeated because somebody in the namespace committed meanwhile. It takes about a
 	// millisecond; kube-proxy commits once a second at most.
@@ -40,9 +43,12 @@ type Config struct {
 
 // Kernel is the nftables of one network namespace. Its methods may be called concurrently; they take turns.
 type Kernel struct {
-	mu   sync.Mutex
-	conn *nftables.Conn
-	nl   *netlink.Conn // conn's socket
+	mu  sync.Mutex
+	nl  *netlink.Conn
+	raw syscall.RawConn // nl's socket, for transactions
+
+	batch  batch
+	answer [128]byte
 
 	netNS int
 	own   bool
@@ -50,19 +56,18 @@ type Kernel struct {
 
 // New opens the one netlink socket that all transactions go through.
 func New(cfg Config) (*Kernel, error) {
-	k := &Kernel{netNS: cfg.NetNS}
-	conn, err := nftables.New(
-		nftables.AsLasting(),
-		nftables.WithNetNSFd(cfg.NetNS),
-		nftables.WithSockOptions(func(c *netlink.Conn) error {
-			k.nl = c
-			return errors.Join(c.SetWriteBuffer(socketBuffer), c.SetReadBuffer(socketBuffer))
-		}),
-	)
+	nl, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: cfg.NetNS})
 	if err != nil {
 		return nil, fmt.Errorf("open netlink socket to nftables (needs CAP_NET_ADMIN and a kernel with nf_tables): %w", err)
 	}
-	k.conn = conn
+	k := &Kernel{nl: nl, netNS: cfg.NetNS}
+	k.batch.next = rand.Uint32()
+	if k.raw, err = nl.SyscallConn(); err == nil {
+		err = errors.Join(nl.SetWriteBuffer(socketBuffer), nl.SetReadBuffer(socketBuffer))
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("set up netlink socket to nftables (needs CAP_NET_ADMIN): %w", err), k.Close())
+	}
 	if cfg.Own {
 		if k.own, err = k.knows(ownFlags); err != nil {
 			return nil, errors.Join(err, k.Close())
@@ -73,7 +78,7 @@ func New(cfg Config) (*Kernel, error) {
 
 // Close closes the socket.
 func (k *Kernel) Close() error {
-	if err := k.conn.CloseLasting(); err != nil {
+	if err := k.nl.Close(); err != nil {
 		return fmt.Errorf("close netlink socket to nftables: %w", err)
 	}
 	return nil
@@ -117,144 +122,132 @@ func commit(ctx context.Context, d ruleset.Delta, transaction func([]ruleset.Op)
 	return errors.Join(errs...)
 }
 
-// message is one netlink message of a transaction.
-type message struct {
-	text func() string
-	send func() error
-}
-
 // transaction sends the operations as one batch and returns which of them was refused, if the kernel says so.
 func (k *Kernel) transaction(ops []ruleset.Op) (string, error) { return k.transact(ops, 0) }
 
+// CanLog reports whether the kernel can send packets to an NFLOG group (CONFIG_NFT_LOG, CONFIG_NETFILTER_NETLINK_LOG): it is asked by
+// a transaction that is given up. A transaction with a rule that it cannot do is refused as a whole.
+func (k *Kernel) CanLog(group uint16) (bool, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	id := ruleset.TableID{Family: ruleset.Inet, Name: fmt.Sprintf("podwall-probe-%08x", rand.Uint32())}
+	chain := &ruleset.Chain{Name: "log", Rules: []ruleset.Rule{ruleset.NewRule(ruleset.Limit{PerSecond: 1, Burst: 1}, ruleset.Log{Prefix: "probe", Group: group})}}
+	b := &k.batch
+	b.start(k.nl.PID(), 0)
+	for i, op := range []ruleset.Op{{Kind: ruleset.AddTable, Table: id}, {Kind: ruleset.AddChain, Table: id, Chain: chain}, {Kind: ruleset.AddRules, Table: id, Chain: chain}} {
+		if err := b.operation(i, op, false); err != nil {
+			return false, fmt.Errorf("ask whether the kernel can log: %w", err)
+		}
+	}
+	if err := b.attempt(); err != nil {
+		return false, fmt.Errorf("ask whether the kernel can log: %w", err)
+	}
+	refused, err := k.send(b)
+	switch {
+	case err == nil:
+		return true, nil
+	case refused >= 0 && b.parts[refused].rule >= 0:
+		return false, nil
+	}
+	return false, fmt.Errorf("ask whether the kernel can log (needs CAP_NET_ADMIN): %w", err)
+}
+
 // transact is transaction, refused with ERESTART if anybody has committed since a generation; 0 is none.
 func (k *Kernel) transact(ops []ruleset.Op, generation uint32) (string, error) {
-	// Everything is encoded before the first message is queued: the queue of conn can only be emptied by sending it.
-	var msgs []message
-	for _, op := range ops {
-		m, err := k.encode(op)
-		if err != nil {
+	b := &k.batch
+	b.start(k.nl.PID(), generation)
+	defer func() {
+		if cap(b.buf) > keptBuffer {
+			b.buf, b.parts = nil, nil
+		}
+	}()
+	b.grow(ops)
+	for i, op := range ops {
+		if err := b.operation(i, op, k.own); err != nil {
 			return op.Name(), err
 		}
-		msgs = append(msgs, m...)
 	}
-	var errs []error
-	for _, m := range msgs {
-		errs = append(errs, m.send())
-	}
-	if err := errors.Join(errs...); err != nil {
-		// conn has kept the error, so this sends nothing and empties the queue.
-		_ = k.conn.Flush()
-		return "", fmt.Errorf("encode transaction: %w", err)
-	}
-	err := k.conn.FlushWithGenID(generation)
-	if err == nil {
+	if len(b.parts) == 0 {
 		return "", nil
 	}
-	if i := k.refused(err, len(msgs)); i >= 0 {
-		return msgs[i].text(), err
+	if err := b.finish(); err != nil {
+		return "", fmt.Errorf("encode transaction: %w", err)
 	}
-	return "", err
+	refused, err := k.send(b)
+	if err == nil || refused < 0 {
+		return "", err
+	}
+	p := b.parts[refused]
+	if op := ops[p.op]; p.rule >= 0 {
+		return ruleText(op, op.Chain.Rules[p.rule]), err
+	}
+	return ops[p.op].Name(), err
 }
 
-// refused returns the index of the message that an error is about, or -1. The sequence numbers of a socket are
-// consecutive and a batch has a begin and an end message around the others, so the next number tells those before it.
-func (k *Kernel) refused(err error, sent int) int {
-	var op *netlink.OpError
-	if !errors.As(err, &op) || op.Sequence == 0 {
-		return -1
+// send sends a transaction and returns the first error that the kernel answers, and which of its parts that is about, or -1. Netlink
+// to the kernel is a call: when sendmsg returns, the answers are all there.
+func (k *Kernel) send(b *batch) (int, error) {
+	var sent error
+	if err := k.raw.Write(func(fd uintptr) bool {
+		sent = unix.Sendto(int(fd), b.buf, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK})
+		return true
+	}); err != nil || sent != nil {
+		return -1, fmt.Errorf("send transaction of %d bytes: %w", len(b.buf), errors.Join(err, sent))
 	}
-	reply, err := k.nl.Execute(request(unix.NFT_MSG_GETGEN, 0, unix.NFPROTO_UNSPEC, nil))
-	if err != nil || len(reply) == 0 {
-		return -1
+	refused, done := -1, false
+	var first error
+	for {
+		// What is cut off is the message that an error is about, which is here.
+		var n int
+		var received error
+		if err := k.raw.Read(func(fd uintptr) bool {
+			n, _, received = unix.Recvfrom(int(fd), k.answer[:], unix.MSG_DONTWAIT)
+			return true
+		}); err != nil {
+			return refused, errors.Join(first, err)
+		}
+		switch {
+		case errors.Is(received, unix.EAGAIN):
+			if first == nil && !done {
+				first = fmt.Errorf("the kernel's answer to the transaction is missing: %w", unix.ENOBUFS)
+			}
+			return refused, first
+		case errors.Is(received, unix.EINTR):
+			continue
+		case received != nil: // ENOBUFS: answers were lost
+			if first == nil {
+				first = received
+			}
+			if !errors.Is(received, unix.ENOBUFS) {
+				return refused, first
+			}
+			continue
+		}
+		at, errno, ok := b.answered(k.answer[:n])
+		switch {
+		case !ok || first != nil:
+		case errno == 0:
+			done = done || at == len(b.parts)-1
+		default:
+			refused, first = at, errno
+		}
 	}
-	end := reply[0].Header.Sequence - 1
-	i := sent - int(int32(end-op.Sequence))
-	if i < 0 || i >= sent {
-		return -1
-	}
-	return i
 }
 
-// encode translates an operation to netlink messages.
-func (k *Kernel) encode(op ruleset.Op) ([]message, error) {
-	table, err := kernelTable(op.Table)
-	if err != nil {
-		return nil, err
+// answered reads an answer: which part it is about, -1 for the whole, and the error, 0 for none.
+func (b *batch) answered(answer []byte) (int, unix.Errno, bool) {
+	const header, code = 16, 4 // struct nlmsghdr, and what follows it in struct nlmsgerr
+	if len(answer) < header+code || binary.NativeEndian.Uint16(answer[4:]) != unix.NLMSG_ERROR {
+		return 0, 0, false
 	}
-	text := op.Name
-	one := func(send func()) []message {
-		return []message{{text: text, send: func() error { send(); return nil }}}
+	at := int(binary.NativeEndian.Uint32(answer[8:])-b.begin) - 1
+	if at < -1 || at > len(b.parts) {
+		return 0, 0, false // another transaction's
 	}
-	switch op.Kind {
-	case ruleset.AddTable:
-		if k.own {
-			table.Flags = ownFlags
-		}
-		return one(func() { k.conn.AddTable(table) }), nil
-	case ruleset.DelTable:
-		return one(func() { k.conn.DelTable(table) }), nil
-	case ruleset.AddSet:
-		set, err := kernelSet(table, op.Set)
-		if err != nil {
-			return nil, err
-		}
-		return []message{{text: text, send: func() error { return k.conn.AddSet(set, nil) }}}, nil
-	case ruleset.DelSet:
-		return one(func() { k.conn.DelSet(&nftables.Set{Table: table, Name: op.Set.Name}) }), nil
-	case ruleset.AddElements, ruleset.DelElements:
-		return k.encodeElements(op, table, text)
-	case ruleset.AddChain:
-		chain, err := kernelChain(table, op.Chain)
-		if err != nil {
-			return nil, err
-		}
-		return one(func() { k.conn.AddChain(chain) }), nil
-	case ruleset.FlushChain:
-		return one(func() { k.conn.FlushChain(&nftables.Chain{Table: table, Name: op.Chain.Name}) }), nil
-	case ruleset.DelChain:
-		return one(func() { k.conn.DelChain(&nftables.Chain{Table: table, Name: op.Chain.Name}) }), nil
-	case ruleset.AddRules:
-		return k.encodeRules(op, table)
+	if at == len(b.parts) {
+		at = -1
 	}
-	return nil, fmt.Errorf("operation %d is unknown", op.Kind)
-}
-
-func (k *Kernel) encodeElements(op ruleset.Op, table *nftables.Table, text func() string) ([]message, error) {
-	elems, err := kernelElements(op.Set, op.Elements)
-	if err != nil {
-		return nil, err
-	}
-	set := &nftables.Set{Table: table, Name: op.Set.Name, ID: noSetID}
-	send := k.conn.SetAddElements
-	if op.Kind == ruleset.DelElements {
-		send = k.conn.SetDeleteElements
-	}
-	var msgs []message
-	for len(elems) > 0 {
-		n := min(len(elems), elementsPerMessage)
-		chunk := elems[:n]
-		elems = elems[n:]
-		msgs = append(msgs, message{text: text, send: func() error { return send(set, chunk) }})
-	}
-	return msgs, nil
-}
-
-func (k *Kernel) encodeRules(op ruleset.Op, table *nftables.Table) ([]message, error) {
-	var msgs []message
-	for _, r := range op.Chain.Rules {
-		exprs, err := encodeRule(op.Table.Family, op.Chain.Hook, r)
-		if err != nil {
-			return nil, fmt.Errorf("rule %q: %w", r, err)
-		}
-		rule := &nftables.Rule{
-			Table: table, Chain: &nftables.Chain{Name: op.Chain.Name}, Exprs: exprs, UserData: commentData(r.Comment),
-		}
-		msgs = append(msgs, message{
-			text: func() string { return ruleText(op, r) },
-			send: func() error { k.conn.AddRule(rule); return nil },
-		})
-	}
-	return msgs, nil
+	return at, unix.Errno(-int32(binary.NativeEndian.Uint32(answer[header:]))), true //nolint:gosec // a negative number
 }
 
 // ruleText names one rule of an AddRules operation.

@@ -124,13 +124,18 @@ func (k *Kernel) take(id ruleset.TableID, st *tableState) error {
 }
 
 func (k *Kernel) setFlags(id ruleset.TableID, flags nftables.TableFlags) error {
-	table, err := kernelTable(id)
+	family, err := kernelFamily(id.Family)
 	if err != nil {
 		return err
 	}
-	table.Flags = flags
-	k.conn.AddTable(table)
-	return k.conn.Flush()
+	b := &k.batch
+	b.start(k.nl.PID(), 0)
+	b.table(part{0, -1}, byte(family), id.Name, flags)
+	if err := b.finish(); err != nil {
+		return err
+	}
+	_, err = k.send(b)
+	return err
 }
 
 // replace deletes a table and makes it anew, with flags, in one transaction: packets see the rules of the one until they see
