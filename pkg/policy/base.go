@@ -38,7 +38,8 @@ func (r *renderer) base() {
 	}
 	addICMPv6Sets(r.table)
 	established := ruleset.NewRule(ruleset.Established|ruleset.Related, accept)
-	common := ruleset.NewRule(ruleset.To(ruleset.Jump, chainCommon))
+	// Nothing of it is TCP, which most new connections are.
+	common := ruleset.NewRule(ruleset.Not(ruleset.Equal(ruleset.L4Proto, ruleset.ProtoTCP)), ruleset.To(ruleset.Jump, chainCommon))
 	bySource := []ruleset.Rule{
 		ruleset.NewRule(ruleset.Dispatch{Fields: []ruleset.Field{ruleset.IPSaddr}, Map: mapEgress4}),
 		ruleset.NewRule(ruleset.Dispatch{Fields: []ruleset.Field{ruleset.IP6Saddr}, Map: mapEgress6}),

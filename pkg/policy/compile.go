@@ -21,6 +21,27 @@ type compiled struct {
 	subject         matcher
 	ingress, egress *direction // nil: the policy does not concern this direction
 	problems        []string
+
+	names     [2]string            // of the chains for ingress and egress, once known; none for ingress by named ports
+	fragments map[string]*fragment // of an Engine, by the name of the chain
+}
+
+// chainName returns the name of the policy's chain for a pod.
+func (c *compiled) chainName(pod *cluster.Pod, egress bool) string {
+	switch {
+	case egress && c.names[1] == "":
+		c.names[1] = egressName(c)
+		return c.names[1]
+	case egress:
+		return c.names[1]
+	case c.names[0] != "":
+		return c.names[0]
+	}
+	n, _ := ingressName(c, pod)
+	if !slices.ContainsFunc(c.ingress.rules, func(r rule) bool { return r.named != nil }) {
+		c.names[0] = n
+	}
+	return n
 }
 
 // matcher is what a selector does.

@@ -62,6 +62,40 @@ const (
 	priorityBeforeNAT = -150
 )
 
+// LogGroup is the NFLOG group that denied packets are sent to, and LogSnaplen how much of each: an IPv6 header and what may come between it
+// and the ports. One chain sends logPerSecond of them after a burst of logBurst.
+const (
+	LogGroup   = 77
+	LogSnaplen = 96
+
+	logPerSecond = 10
+	logBurst     = 20
+)
+
+// Directions of a denied packet, seen from the endpoint whose policies deny it.
+const (
+	DirectionIngress = "ingress"
+	DirectionEgress  = "egress"
+)
+
+// logPrefix is what an endpoint's chain names its denied packets by: a letter for the direction and the endpoint. The kernel takes 127
+// bytes (NF_LOG_PREFIXLEN), which a pod's name may fill alone.
+func logPrefix(chainPrefix, id string) string { return chainPrefix[:1] + id }
+
+// Denied returns the direction and the endpoint's ID that the prefix of a logged packet stands for; false for one that is not podwall's.
+func Denied(logPrefix string) (string, string, bool) {
+	if len(logPrefix) < 2 {
+		return "", "", false
+	}
+	switch id := logPrefix[1:]; logPrefix[:1] {
+	case prefixIngress[:1]:
+		return DirectionIngress, id, true
+	case prefixEgress[:1]:
+		return DirectionEgress, id, true
+	}
+	return "", "", false
+}
+
 // ID returns a short name for an identity given as parts: 80 bits of SHA-256 over the length-prefixed parts, so that
 // ("a", "bc") and ("ab", "c") differ and no name of a policy can collide with another's (kernel names end at 255 bytes).
 func ID(parts ...string) string {

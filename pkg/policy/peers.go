@@ -21,47 +21,59 @@ type peer struct {
 	ips []netip.Addr
 }
 
-// claim is what a pod says of an address.
-type claim struct {
-	pod   *cluster.Pod
-	local bool
+// claims reports whether a pod's own word counts for its addresses.
+func claims(pod *cluster.Pod) bool { return !pod.HostNetwork && !pod.Terminal }
+
+// newest returns which of the pods that claim an address has it.
+func newest(claimants []*cluster.Pod) *cluster.Pod {
+	return slices.MaxFunc(claimants, func(a, b *cluster.Pod) int {
+		return cmp.Or(a.Created.Compare(b.Created), strings.Compare(nameOf(b), nameOf(a)))
+	})
+}
+
+// contested are the problems of the pods that claim an address and do not have it.
+func contested(ip netip.Addr, claimants []*cluster.Pod) []Problem {
+	var list []Problem
+	winner := newest(claimants)
+	for _, loser := range claimants {
+		if loser != winner {
+			list = append(list, Problem{loser.Key(), fmt.Sprintf("claims %s, which belongs to the newer pod %s: it is no peer under this address; remove the stale object or give it an address of its own", ip, nameOf(winner))})
+		}
+	}
+	return list
 }
 
 // peers returns every pod that can be a peer. An address belongs to one pod: to the endpoint on this node that owns it, else
 // to the newest pod that is alive. An address of a closed endpoint belongs to no peer: whoever sits behind it is not known.
 func peers(in *Input, report func(cluster.Key, string)) []peer {
-	owner := map[netip.Addr]claim{}
+	owner := map[netip.Addr]*cluster.Pod{} // nil: nobody's
 	for i := range in.Endpoints {
 		e := &in.Endpoints[i]
 		for _, ip := range e.IPs {
-			owner[ip] = claim{pod: e.Pod, local: true}
+			owner[ip] = e.Pod
 		}
 	}
+	claimants := map[netip.Addr][]*cluster.Pod{}
 	for pod := range in.Model.Pods() {
-		if pod.HostNetwork || pod.Terminal {
+		if !claims(pod) {
 			continue
 		}
 		for _, ip := range pod.IPs {
-			other, taken := owner[ip]
-			if taken && other.local {
-				continue
+			if _, local := owner[ip]; !local && !slices.Contains(claimants[ip], pod) {
+				claimants[ip] = append(claimants[ip], pod)
 			}
-			if !taken {
-				owner[ip] = claim{pod: pod}
-				continue
-			}
-			winner, loser := pod, other.pod
-			if cmp.Or(other.pod.Created.Compare(pod.Created), strings.Compare(nameOf(pod), nameOf(other.pod))) > 0 {
-				winner, loser = loser, winner
-			}
-			owner[ip] = claim{pod: winner}
-			report(loser.Key(), fmt.Sprintf("claims %s, which belongs to the newer pod %s: it is no peer under this address; remove the stale object or give it an address of its own", ip, nameOf(winner)))
+		}
+	}
+	for ip, pods := range claimants {
+		owner[ip] = newest(pods)
+		for _, p := range contested(ip, pods) {
+			report(p.Object, p.Reason)
 		}
 	}
 	byPod := map[*cluster.Pod][]netip.Addr{}
-	for ip, c := range owner {
-		if c.pod != nil {
-			byPod[c.pod] = append(byPod[c.pod], ip)
+	for ip, pod := range owner {
+		if pod != nil {
+			byPod[pod] = append(byPod[pod], ip)
 		}
 	}
 	list := make([]peer, 0, len(byPod))
@@ -121,19 +133,45 @@ func (r *renderer) selected(p podPeer) func(func(*peer) bool) {
 	}
 }
 
-// peerSets returns the names of the IPv4 and the IPv6 set of a selector's addresses.
-func (r *renderer) peerSets(p podPeer) [2]string {
-	return r.sets(setPeers, p.identity(), p.describe(), nil, func(add func(netip.Addr, ruleset.Elem)) {
-		for peer := range r.selected(p) {
-			for _, ip := range peer.ips {
-				add(ip, ruleset.AddrElem(ip))
-			}
-		}
-	})
+// peerSet is a pair of sets, IPv4 and IPv6: the addresses of the pods that a peer selects or, with a named port, address . protocol .
+// port of those that have it (inside blocks, unless that is nil), each with its own numbers: never a union of numbers (CVE class
+// of aci-containers #1707).
+type peerSet struct {
+	names  [2]string
+	pods   podPeer
+	port   *namedPort
+	blocks *netipx.IPSet
 }
 
-// namedPortSets returns the sets of address . protocol . port of the pods of p (inside blocks, unless that is nil) that have
-// the named port, each with its own numbers: never a union of numbers (CVE class of aci-containers #1707).
+// elements calls add for what a selected pod with these addresses has in the sets; i is 0 for IPv4.
+func (s *peerSet) elements(pod *cluster.Pod, ips []netip.Addr, add func(i int, e ruleset.Elem)) {
+	var numbers []uint16
+	if s.port != nil {
+		numbers = resolve(pod, *s.port)
+	}
+	for _, ip := range ips {
+		i := 1
+		if ip.Is4() {
+			i = 0
+		}
+		if s.port == nil {
+			add(i, ruleset.AddrElem(ip))
+			continue
+		}
+		for _, number := range numbers {
+			if s.blocks == nil || s.blocks.Contains(ip) {
+				add(i, ruleset.AddrPortElem(ip, uint8(s.port.proto), number))
+			}
+		}
+	}
+}
+
+// peerSets returns the names of the IPv4 and the IPv6 set of a selector's addresses.
+func (r *renderer) peerSets(p podPeer) [2]string {
+	return r.sets(setPeers, p.identity(), p.describe(), nil, &peerSet{pods: p})
+}
+
+// namedPortSets returns the names of the sets of a named port.
 func (r *renderer) namedPortSets(p podPeer, blocks *netipx.IPSet, port namedPort) [2]string {
 	identity := append(p.identity(), protoName(port.proto), port.name)
 	comment := protoName(port.proto) + " " + port.name + " of " + p.describe()
@@ -142,17 +180,14 @@ func (r *renderer) namedPortSets(p podPeer, blocks *netipx.IPSet, port namedPort
 		comment += " in ipBlock"
 	}
 	key := []ruleset.KeyType{ruleset.InetProto, ruleset.InetService}
-	return r.sets(setNamedPorts, identity, comment, key, func(add func(netip.Addr, ruleset.Elem)) {
-		for peer := range r.selected(p) {
-			for _, number := range resolve(peer.pod, port) {
-				for _, ip := range peer.ips {
-					if blocks == nil || blocks.Contains(ip) {
-						add(ip, ruleset.AddrPortElem(ip, uint8(port.proto), number))
-					}
-				}
-			}
-		}
-	})
+	return r.sets(setNamedPorts, identity, comment, key, &peerSet{pods: p, port: &port, blocks: blocks})
+}
+
+// fillSets puts every peer that is selected into a pair of sets.
+func (r *renderer) fillSets(s *peerSet) {
+	for peer := range r.selected(s.pods) {
+		s.elements(peer.pod, peer.ips, func(i int, e ruleset.Elem) { r.table.Sets[s.names[i]].Elements[e] = ruleset.Verdict{} })
+	}
 }
 
 // resolve returns the sorted numbers that a named port has on a pod. Two containers may use one name: then both count.
@@ -168,27 +203,21 @@ func resolve(pod *cluster.Pod, port namedPort) []uint16 {
 }
 
 // sets makes the pair of sets for both families unless an equal pair is there already.
-func (r *renderer) sets(prefix string, identity []string, comment string, key []ruleset.KeyType, fill func(func(netip.Addr, ruleset.Elem))) [2]string {
+func (r *renderer) sets(prefix string, identity []string, comment string, key []ruleset.KeyType, s *peerSet) [2]string {
 	id := ID(append([]string{prefix}, identity...)...)
-	names := [2]string{prefix + "4_" + id, prefix + "6_" + id}
-	if r.table.Sets[names[0]] != nil {
-		return names
+	s.names = [2]string{prefix + "4_" + id, prefix + "6_" + id}
+	if r.table.Sets[s.names[0]] != nil {
+		return s.names
 	}
 	comment = ruleset.Comment(comment)
 	for i, family := range []ruleset.KeyType{ruleset.IPv4Addr, ruleset.IPv6Addr} {
-		r.table.Sets[names[i]] = &ruleset.Set{
-			Name: names[i], Key: append([]ruleset.KeyType{family}, key...), Comment: comment,
+		r.table.Sets[s.names[i]] = &ruleset.Set{
+			Name: s.names[i], Key: append([]ruleset.KeyType{family}, key...), Comment: comment,
 			Elements: map[ruleset.Elem]ruleset.Verdict{},
 		}
 	}
-	fill(func(ip netip.Addr, e ruleset.Elem) {
-		name := names[1]
-		if ip.Is4() {
-			name = names[0]
-		}
-		r.table.Sets[name].Elements[e] = ruleset.Verdict{}
-	})
-	return names
+	r.fill(s)
+	return s.names
 }
 
 // blockSets returns the interval sets of a large ipBlock, named by their content; a family without ranges has no set.

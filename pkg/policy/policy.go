@@ -40,6 +40,8 @@ type Options struct {
 	NodeDNS []netip.Addr
 	// Reject answers denied packets instead of dropping them silently.
 	Reject bool
+	// Log tells of denied packets by NFLOG (group LogGroup).
+	Log bool
 	// Cut ends connections that a change no longer allows; see Cut and TightenedBy.
 	Cut bool
 }

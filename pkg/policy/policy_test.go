@@ -69,7 +69,7 @@ func load(t *testing.T, archive *txtar.Archive) *scenario {
 		t.Fatalf("objects.yaml: %s", p)
 	}
 	s := &scenario{
-		input: Input{Model: cluster.NewModel(), Options: Options{Table: "podwall"}},
+		input: Input{Model: cluster.NewModel(), Options: Options{Table: "podwall", Log: true}},
 		pods:  map[string]*cluster.Pod{}, links: map[string]Endpoint{},
 	}
 	for option := range strings.FieldsSeq(part(archive, "options")) {

@@ -2,6 +2,7 @@ package policy
 
 import (
 	"cmp"
+	"maps"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -35,7 +36,13 @@ type renderer struct {
 	chains   map[string]bool        // policy chains that have been rendered; false: has no rules
 	verdicts map[string]Verdicts
 	problems map[Problem]bool
+
+	fill            func(*peerSet) // is called for each pair of peer sets that is new in table
+	ingress, egress jumper
 }
+
+// jumper renders a policy's chain for the pod of an endpoint and returns the rule that jumps to it, or false when it has no rules.
+type jumper func(c *compiled, pod *cluster.Pod) (ruleset.Rule, bool)
 
 func newRenderer(in Input) *renderer {
 	r := &renderer{
@@ -47,6 +54,9 @@ func newRenderer(in Input) *renderer {
 		verdicts: map[string]Verdicts{},
 		problems: map[Problem]bool{},
 	}
+	r.fill = r.fillSets
+	r.ingress = func(c *compiled, pod *cluster.Pod) (ruleset.Rule, bool) { return jump(c, r.ingressChain(c, pod)) }
+	r.egress = func(c *compiled, _ *cluster.Pod) (ruleset.Rule, bool) { return jump(c, r.egressChain(c)) }
 	report := func(k cluster.Key, reason string) { r.problems[Problem{k, reason}] = true }
 	r.peers = peers(&in, report)
 	for p := range in.Model.Policies() {
@@ -62,16 +72,26 @@ func newRenderer(in Input) *renderer {
 	return r
 }
 
+// jump is the rule of an endpoint's chain that calls a policy's.
+func jump(c *compiled, chain string) (ruleset.Rule, bool) {
+	if chain == "" {
+		return ruleset.Rule{}, false
+	}
+	return ruleset.NewRule(ruleset.To(ruleset.Jump, chain)).WithComment(c.namespace + "/" + c.name), true
+}
+
 func (r *renderer) output() Output {
 	out := Output{Ruleset: ruleset.Ruleset{r.table}, Endpoints: r.verdicts}
 	if len(r.device.Chains) > 0 {
 		out.Ruleset = append(out.Ruleset, r.device)
 	}
-	for p := range r.problems {
-		out.Problems = append(out.Problems, p)
-	}
-	slices.SortFunc(out.Problems, func(a, b Problem) int { return strings.Compare(a.String(), b.String()) })
+	out.Problems = sortProblems(slices.Collect(maps.Keys(r.problems)))
 	return out
+}
+
+func sortProblems(list []Problem) []Problem {
+	slices.SortFunc(list, func(a, b Problem) int { return strings.Compare(a.String(), b.String()) })
+	return slices.Compact(list)
 }
 
 // endpoint renders one endpoint: closed when its pod is not known, else isolated in the directions that policies select.
@@ -95,12 +115,12 @@ func (r *renderer) endpoint(e *Endpoint) {
 		}
 	}
 	if in != nil {
-		r.podChain(e, prefixIngress, "ingress", in, r.ingressChain)
+		r.podChain(e, prefixIngress, "ingress", in, r.ingress)
 		r.dispatch(e, mapIngress4, mapIngress6, prefixIngress+e.ID)
 		r.isolate(e, setIngressIsolated)
 	}
 	if out != nil {
-		r.podChain(e, prefixEgress, "egress", out, func(c *compiled, _ *cluster.Pod) string { return r.egressChain(c) })
+		r.podChain(e, prefixEgress, "egress", out, r.egress)
 		r.dispatch(e, mapEgress4, mapEgress6, prefixEgress+e.ID)
 		r.isolate(e, setEgressIsolated)
 	}
@@ -129,16 +149,16 @@ func (r *renderer) dispatch(e *Endpoint, map4, map6, chain string) {
 
 // podChain renders the chain of one isolated endpoint in one direction. It is reached by goto, so its end is the end: what no
 // policy accepted is denied.
-func (r *renderer) podChain(e *Endpoint, prefix, direction string, policies []*compiled, chainOf func(*compiled, *cluster.Pod) string) {
+func (r *renderer) podChain(e *Endpoint, prefix, direction string, policies []*compiled, jumpTo jumper) {
 	c := &ruleset.Chain{Name: prefix + e.ID}
 	c.Rules = append(c.Rules, ruleset.NewRule(ruleset.Invalid, ruleset.Counter{}, drop).WithComment(e.Name+" "+direction))
 	c.Rules = append(c.Rules, r.hairpin(e, prefix)...)
 	for _, p := range policies {
-		if name := chainOf(p, e.Pod); name != "" {
-			c.Rules = append(c.Rules, ruleset.NewRule(ruleset.To(ruleset.Jump, name)).WithComment(p.namespace+"/"+p.name))
+		if rule, ok := jumpTo(p, e.Pod); ok {
+			c.Rules = append(c.Rules, rule)
 		}
 	}
-	c.Rules = append(c.Rules, r.deny()...)
+	c.Rules = append(c.Rules, r.deny(logPrefix(prefix, e.ID))...)
 	r.table.Chains[c.Name] = c
 }
 
@@ -162,24 +182,28 @@ func (r *renderer) hairpin(e *Endpoint, prefix string) []ruleset.Rule {
 	return rules
 }
 
-// deny ends an endpoint's chain.
-func (r *renderer) deny() []ruleset.Rule {
+// deny ends an endpoint's chain. What is denied is told to the daemon, at a rate of this chain's own: no pod hides what another is denied.
+func (r *renderer) deny(logPrefix string) []ruleset.Rule {
+	var rules []ruleset.Rule
+	if r.in.Options.Log {
+		rules = append(rules, ruleset.NewRule(
+			ruleset.Limit{PerSecond: logPerSecond, Burst: logBurst},
+			ruleset.Log{Prefix: logPrefix, Group: LogGroup, Snaplen: LogSnaplen}))
+	}
 	if !r.in.Options.Reject {
-		rules := []ruleset.Rule{ruleset.NewRule(ruleset.Counter{}, drop)}
 		if r.in.Options.Cut {
 			rules = slices.Insert(rules, 0, ruleset.NewRule(ruleset.To(ruleset.Jump, chainDenied)))
 		}
-		return rules
+		return append(rules, ruleset.NewRule(ruleset.Counter{}, drop))
 	}
-	return []ruleset.Rule{
+	return append(rules,
 		ruleset.NewRule(ruleset.Equal(ruleset.L4Proto, ruleset.ProtoTCP), ruleset.Counter{}, ruleset.Reject{TCPReset: true}),
-		ruleset.NewRule(ruleset.Counter{}, ruleset.Reject{}),
-	}
+		ruleset.NewRule(ruleset.Counter{}, ruleset.Reject{}))
 }
 
-// ingressChain renders a policy's ingress rules and returns the chain's name, or "" when it has no rules. Named ports are
-// resolved on the receiving pod, so pods with other numbers get a chain of their own.
-func (r *renderer) ingressChain(c *compiled, pod *cluster.Pod) string {
+// ingressName returns the name of the chain of a policy's ingress rules. Named ports are resolved on the receiving pod, so pods
+// with other numbers get a chain of their own.
+func ingressName(c *compiled, pod *cluster.Pod) (string, map[namedPort][]uint16) {
 	identity := []string{"ingress", c.namespace, c.name}
 	resolved := map[namedPort][]uint16{}
 	for _, rule := range c.ingress.rules {
@@ -194,7 +218,14 @@ func (r *renderer) ingressChain(c *compiled, pod *cluster.Pod) string {
 			}
 		}
 	}
-	name := prefixPolicyI + ID(identity...)
+	return prefixPolicyI + ID(identity...), resolved
+}
+
+func egressName(c *compiled) string { return prefixPolicyE + ID("egress", c.namespace, c.name) }
+
+// ingressChain renders a policy's ingress rules and returns the chain's name, or "" when it has no rules.
+func (r *renderer) ingressChain(c *compiled, pod *cluster.Pod) string {
+	name, resolved := ingressName(c, pod)
 	return r.policyChain(name, c.ingress, func(rule *rule) []ruleset.Rule {
 		numbers := slices.Clone(rule.ports)
 		for _, port := range rule.named {
@@ -208,8 +239,7 @@ func (r *renderer) ingressChain(c *compiled, pod *cluster.Pod) string {
 
 // egressChain renders a policy's egress rules and returns the chain's name, or "" when it has no rules.
 func (r *renderer) egressChain(c *compiled) string {
-	name := prefixPolicyE + ID("egress", c.namespace, c.name)
-	return r.policyChain(name, c.egress, func(rule *rule) []ruleset.Rule {
+	return r.policyChain(egressName(c), c.egress, func(rule *rule) []ruleset.Rule {
 		rules := r.product(rule, rule.ports, destinations)
 		for _, port := range rule.named {
 			for _, sets := range r.namedPeers(rule, port) {

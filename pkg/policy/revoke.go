@@ -130,12 +130,17 @@ func (r *renderer) revocation(established ruleset.Rule) {
 	// What the node sends to its pods is not judged, but a connection of a pod to the node that was revoked is not to come
 	// back by the node's next packet.
 	r.chain(chainOutput, &ruleset.Hook{Name: "output", Priority: priorityIngress}, []ruleset.Rule{established, ruleset.NewRule(ruleset.To(ruleset.Jump, chainRevoked))})
-	if !r.in.CutBeforeNAT {
-		return
+	if r.in.CutBeforeNAT {
+		r.beforeNAT()
 	}
-	// The reset of a bridged packet goes out as it is, past NAT (nf_send_reset in net/ipv4/netfilter/nf_reject_ipv4.c: dev_queue_xmit),
-	// so one that is to come from a Service's address has to be made before DNAT. What begins a connection is the policies'
-	// business, and so is all of one that has begun: a client that is allowed again may use its port again at once.
+}
+
+// beforeNAT renders what resets the clients of revoked connections to Services that are behind a bridge. The reset of a bridged packet
+// goes out as it is, past NAT (nf_send_reset in net/ipv4/netfilter/nf_reject_ipv4.c: dev_queue_xmit), so one that is to come from a
+// Service's address has to be made before DNAT. What begins a connection is the policies' business, and so is all of one that has
+// begun: a client that is allowed again may use its port again at once.
+func (r *renderer) beforeNAT() {
+	tcp := ruleset.Equal(ruleset.L4Proto, ruleset.ProtoTCP)
 	r.chain(chainBeforeNAT, &ruleset.Hook{Name: "prerouting", Priority: priorityBeforeNAT}, []ruleset.Rule{
 		ruleset.NewRule(ruleset.Invalid|ruleset.Established|ruleset.Related|ruleset.Untracked, accept),
 		ruleset.NewRule(tcp, ruleset.Flags{Mask: ruleset.FIN | ruleset.SYN | ruleset.RST | ruleset.ACK, Value: ruleset.SYN}, accept),

@@ -3,6 +3,7 @@
 package ruleset
 
 import (
+	"maps"
 	"net/netip"
 	"time"
 )
@@ -33,6 +34,21 @@ func (r Ruleset) Table(id TableID) *Table {
 		}
 	}
 	return nil
+}
+
+// Clone returns a copy for a reader beside whoever changes elements in place. Chains are never changed.
+func (r Ruleset) Clone() Ruleset {
+	var out Ruleset
+	for _, t := range r {
+		c := &Table{ID: t.ID, Sets: make(map[string]*Set, len(t.Sets)), Chains: maps.Clone(t.Chains)}
+		for name, s := range t.Sets {
+			set := *s
+			set.Elements = maps.Clone(s.Elements)
+			c.Sets[name] = &set
+		}
+		out = append(out, c)
+	}
+	return out
 }
 
 // Table is one nftables table. Sets (with verdict maps) and chains are separate name spaces in the kernel.
@@ -78,7 +94,14 @@ func (t KeyType) Len() int {
 type Elem string
 
 // AddrElem returns the key for one address.
-func AddrElem(ip netip.Addr) Elem { return Elem(ip.AsSlice()) }
+func AddrElem(ip netip.Addr) Elem {
+	if ip.Is4() {
+		b := ip.As4()
+		return Elem(b[:])
+	}
+	b := ip.As16()
+	return Elem(b[:])
+}
 
 // LinkElem returns the key for the name of a link, which has at most 15 bytes.
 func LinkElem(name string) Elem { return Elem(ifName(name)) }
@@ -129,6 +152,9 @@ type Chain struct {
 	// Unknown says that Rules could not be read (read-back): Diff rewrites such a chain.
 	Unknown bool
 }
+
+// Equal reports whether two chains have one hook and the same rules.
+func (c *Chain) Equal(o *Chain) bool { return sameHook(c, o) && sameRules(c, o) }
 
 // Hook attaches a base chain. The policy of every base chain is accept: what podwall does not know is not its business.
 type Hook struct {

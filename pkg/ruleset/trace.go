@@ -3,9 +3,9 @@ package ruleset
 import (
 	"cmp"
 	"fmt"
-	"maps"
 	"net/netip"
 	"slices"
+	"strings"
 )
 
 // Packet is what rules can see of a packet at one hook. Fields that do not apply stay zero.
@@ -74,14 +74,15 @@ func (r Ruleset) Trace(hook string, p Packet) (Result, error) {
 		if et := p.etherType(); t.ID.Family == Inet && et != EtherIPv4 && et != EtherIPv6 {
 			continue // inet hooks see nothing but IP, at ingress neither
 		}
-		for _, name := range slices.Sorted(maps.Keys(t.Chains)) {
-			c := t.Chains[name]
+		for _, c := range t.Chains {
 			if c.Hook != nil && c.Hook.Name == hook && (c.Hook.Device == "" || c.Hook.Device == device) {
 				bases = append(bases, base{t, c})
 			}
 		}
 	}
-	slices.SortStableFunc(bases, func(a, b base) int { return cmp.Compare(a.chain.Hook.Priority, b.chain.Hook.Priority) })
+	slices.SortFunc(bases, func(a, b base) int {
+		return cmp.Or(cmp.Compare(a.chain.Hook.Priority, b.chain.Hook.Priority), strings.Compare(string(a.table.ID.Family), string(b.table.ID.Family)), strings.Compare(a.chain.Name, b.chain.Name))
+	})
 
 	tr := tracer{packet: p}
 	for _, b := range bases {
