@@ -2,12 +2,12 @@ package cluster
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io"
 	"log/slog"
-	"net/http"
+	"maps"
+	"math/rand/v2"
 	"reflect"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -21,10 +21,7 @@ import (
 	utilnet "k8s.io/apimachinery/pkg/util/net"
 	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/apimachinery/pkg/watch"
-	"k8s.io/client-go/kubernetes"
-	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
-	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/klog/v2"
 )
 
@@ -33,12 +30,12 @@ import (
 // It runs reflectors on stores of its own and no informers: an informer's store needs every object's resourceVersion and
 // keeps a second index and queue, whereas here a trimmed value exists once, shared by the store (for diffs) and the Sink.
 type APIServer struct {
-	client kubernetes.Interface
+	client Client
 	log    *slog.Logger
 }
 
 // NewAPIServer returns a source that reads through client.
-func NewAPIServer(client kubernetes.Interface, log *slog.Logger) *APIServer {
+func NewAPIServer(client Client, log *slog.Logger) *APIServer {
 	return &APIServer{client: client, log: log}
 }
 
@@ -47,17 +44,18 @@ func (a *APIServer) Run(ctx context.Context, sink Sink) error {
 	logger := logr.FromSlogHandler(a.log.Handler())
 	ctx = klog.NewContext(ctx, logger)
 
-	pods := a.client.CoreV1().Pods(metav1.NamespaceAll)
-	namespaces := a.client.CoreV1().Namespaces()
-	policies := a.client.NetworkingV1().NetworkPolicies(metav1.NamespaceAll)
 	sources := []struct {
 		resource string
 		example  runtime.Object
-		lw       *cache.ListWatch
 	}{
-		{"namespaces", &corev1.Namespace{}, listWatch(a.log, namespaces.List, namespaces.Watch)},
-		{"pods", &corev1.Pod{}, listWatch(a.log, pods.List, pods.Watch)},
-		{"networkpolicies", &networkingv1.NetworkPolicy{}, listWatch(a.log, policies.List, policies.Watch)},
+		{namespaces, &corev1.Namespace{}},
+		{pods, &corev1.Pod{}},
+		{networkPolicies, &networkingv1.NetworkPolicy{}},
+	}
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-time.After(rand.N(startWithin)): //nolint:gosec // no secret
 	}
 	var missing atomic.Int32
 	missing.Store(int32(len(sources)))
@@ -69,7 +67,7 @@ func (a *APIServer) Run(ctx context.Context, sink Sink) error {
 	var wg sync.WaitGroup
 	for _, s := range sources {
 		reflector := cache.NewReflectorWithOptions(
-			cache.ToListWatcherWithWatchListSemantics(s.lw, a.client), s.example, newStore(sink, synced),
+			cache.ToListWatcherWithWatchListSemantics(a.listWatch(s.resource), a.client), s.example, newStore(sink, synced),
 			cache.ReflectorOptions{Name: s.resource, TypeDescription: s.resource, Logger: &logger, Backoff: retry()})
 		wg.Go(func() { reflector.RunWithContext(ctx) })
 	}
@@ -77,32 +75,33 @@ func (a *APIServer) Run(ctx context.Context, sink Sink) error {
 	return nil
 }
 
+// startWithin spreads the lists of nodes whose daemons start at the same moment. It is short: until its daemon has listed, a node
+// starts no pods.
+const startWithin = 300 * time.Millisecond
+
 // retry is how an API server that is away is asked again. client-go's own goes up to a minute: policies that were created
-// right after the server's return would wait for that. The jitter keeps the nodes of a cluster apart.
+// right after the server's return would wait for that, and for two pauses where a watch has to fail before the list is tried. The
+// jitter keeps the nodes of a cluster apart, and so do the API server's own limits (priority and fairness).
 func retry() *wait.Backoff {
-	const first, most = 200 * time.Millisecond, 5 * time.Second
+	const first, most = 200 * time.Millisecond, 2 * time.Second
 	return &wait.Backoff{Duration: first, Cap: most, Steps: int(most / first), Factor: 2, Jitter: 0.5}
 }
 
-// listWatch is the typed client's List and Watch as a ListWatch whose errors carry their remedy. The reflector logs them,
-// but for those that it calls retriable, which it would only tell at a debug level.
-func listWatch[L runtime.Object](
-	log *slog.Logger,
-	list func(context.Context, metav1.ListOptions) (L, error),
-	watchFrom func(context.Context, metav1.ListOptions) (watch.Interface, error),
-) *cache.ListWatch {
+// listWatch is the client's List and Watch of a resource with errors that carry their remedy. The reflector logs them, but for those
+// that it calls retriable, which it would only tell at a debug level.
+func (a *APIServer) listWatch(resource string) *cache.ListWatch {
 	return &cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, opts metav1.ListOptions) (runtime.Object, error) {
-			l, err := list(ctx, opts)
+			list, err := a.client.List(ctx, resource, opts)
 			if err != nil {
 				return nil, withRemedy(err)
 			}
-			return l, nil
+			return list, nil
 		},
 		WatchFuncWithContext: func(ctx context.Context, opts metav1.ListOptions) (watch.Interface, error) {
-			w, err := watchFrom(ctx, opts)
+			w, err := a.client.Watch(ctx, resource, opts)
 			if utilnet.IsConnectionRefused(err) || apierrors.IsTooManyRequests(err) {
-				log.WarnContext(ctx, "watch API server, will try again", "err", err)
+				a.log.WarnContext(ctx, "watch API server, will try again", "err", err)
 			}
 			if err != nil {
 				return nil, withRemedy(err)
@@ -126,18 +125,31 @@ type store struct {
 	synced func()
 	full   bool // the initial list has been applied
 	known  map[Key]Object
+	parts  *interner
 }
 
 var _ cache.TransformingStore = (*store)(nil)
 
 func newStore(sink Sink, synced func()) *store {
-	return &store{sink: sink, synced: synced, known: map[Key]Object{}}
+	return &store{sink: sink, synced: synced, known: map[Key]Object{}, parts: newInterner()}
 }
 
 // Transformer makes the reflector trim objects while it streams the initial list (WatchList), so that the whole list
 // never exists in full.
 func (s *store) Transformer() cache.TransformFunc {
-	return func(obj any) (any, error) { return trim(obj) }
+	return func(obj any) (any, error) { return s.shared(obj) }
+}
+
+// shared trims an object and shares what it has in common with others.
+func (s *store) shared(obj any) (trimmed, error) {
+	if t, ok := obj.(trimmed); ok {
+		return t, nil
+	}
+	t, err := trim(obj)
+	if err == nil {
+		s.parts.share(t.Object)
+	}
+	return t, err
 }
 
 // Add implements cache.ReflectorStore.
@@ -145,7 +157,7 @@ func (s *store) Add(obj any) error { return s.Update(obj) }
 
 // Update implements cache.ReflectorStore.
 func (s *store) Update(obj any) error {
-	t, err := trim(obj)
+	t, err := s.shared(obj)
 	if err != nil {
 		return err
 	}
@@ -163,7 +175,7 @@ func (s *store) Delete(obj any) error {
 	}
 	key := t.Key()
 	if _, ok := s.known[key]; ok {
-		delete(s.known, key)
+		s.forget(key)
 		s.sink.Apply(Change{Key: key})
 	}
 	return nil
@@ -174,7 +186,7 @@ func (s *store) Replace(list []any, _ string) error {
 	var changes []Change
 	listed := make(map[Key]bool, len(list))
 	for _, obj := range list {
-		t, err := trim(obj)
+		t, err := s.shared(obj)
 		if err != nil {
 			return err
 		}
@@ -185,10 +197,11 @@ func (s *store) Replace(list []any, _ string) error {
 	}
 	for key := range s.known {
 		if !listed[key] {
-			delete(s.known, key)
+			s.forget(key)
 			changes = append(changes, Change{Key: key})
 		}
 	}
+	s.parts.sweep()
 	if len(changes) > 0 {
 		s.sink.Apply(changes...)
 	}
@@ -204,11 +217,33 @@ func (s *store) Resync() error { return nil }
 
 func (s *store) put(o Object) (Change, bool) {
 	key := o.Key()
-	if old, ok := s.known[key]; ok && reflect.DeepEqual(old, o) {
+	old, known := s.known[key]
+	if known && equal(old, o) {
 		return Change{}, false
+	}
+	s.parts.keep(o)
+	if known {
+		s.parts.release(old)
 	}
 	s.known[key] = o
 	return Change{Key: key, Object: o}, true
+}
+
+func (s *store) forget(key Key) {
+	s.parts.release(s.known[key])
+	delete(s.known, key)
+}
+
+// equal is reflect.DeepEqual, but quick for pods: most of their updates change nothing that is kept of them.
+func equal(a, b Object) bool {
+	p, ok := a.(*Pod)
+	q, also := b.(*Pod)
+	if !ok || !also {
+		return reflect.DeepEqual(a, b)
+	}
+	return p.Namespace == q.Namespace && p.Name == q.Name && p.UID == q.UID && p.MirrorUID == q.MirrorUID && p.Node == q.Node &&
+		maps.Equal(p.Labels, q.Labels) && slices.Equal(p.IPs, q.IPs) && slices.Equal(p.Ports, q.Ports) &&
+		p.HostNetwork == q.HostNetwork && p.Terminal == q.Terminal && p.Deleting == q.Deleting && p.Created.Equal(q.Created)
 }
 
 // trimmed is a value on its way from the API server into a store; the reflector asks for its metadata.
@@ -234,86 +269,4 @@ func trim(obj any) (trimmed, error) {
 		return trimmed{PolicyFrom(o)}, nil
 	}
 	return trimmed{}, fmt.Errorf("trim object: unexpected type %T", obj)
-}
-
-// RESTClient returns a client for the cluster that the kubeconfig file names, or for the one around this pod when
-// kubeconfig is empty.
-func RESTClient(kubeconfig string) (kubernetes.Interface, error) {
-	config, err := restConfig(kubeconfig)
-	if err != nil {
-		return nil, err
-	}
-	config.UserAgent = "podwalld"
-	config.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
-	config.ContentType = runtime.ContentTypeProtobuf
-	// Three lists and three watches are all there is; the burst lets them start at once after an API server's restart.
-	config.QPS, config.Burst = 10, 20
-	config.Wrap(func(rt http.RoundTripper) http.RoundTripper { return impatient{rt, answerTimeout} })
-	client, err := kubernetes.NewForConfig(config)
-	if err != nil {
-		return nil, fmt.Errorf("create API client for %s: %w", config.Host, err)
-	}
-	return client, nil
-}
-
-// answerTimeout is how long an API server may take to begin its answer: it ends requests that are no watches after a minute itself,
-// and begins the answer to a watch at once. Behind some load balancers a server that has gone is a connection that says nothing.
-const answerTimeout = 70 * time.Second
-
-// impatient gives up requests whose answer has not begun in time. What is begun may take forever, as a watch does.
-type impatient struct {
-	http.RoundTripper
-	timeout time.Duration
-}
-
-// RoundTrip implements http.RoundTripper.
-func (i impatient) RoundTrip(r *http.Request) (*http.Response, error) {
-	ctx, cancel := context.WithCancelCause(r.Context())
-	timer := time.AfterFunc(i.timeout, func() {
-		cancel(fmt.Errorf("no answer from %s within %s; look whether the API server, or a proxy before it, hangs", r.URL.Host, i.timeout))
-	})
-	resp, err := i.RoundTripper.RoundTrip(r.WithContext(ctx))
-	if !timer.Stop() && err == nil { // too late
-		err = errors.Join(context.Cause(ctx), resp.Body.Close())
-		resp = nil
-	}
-	if err != nil {
-		if cause := context.Cause(ctx); cause != nil && r.Context().Err() == nil {
-			err = cause
-		}
-		cancel(nil)
-		return nil, err
-	}
-	resp.Body = &cancelBody{resp.Body, cancel}
-	return resp, nil
-}
-
-// cancelBody releases a request's context with its answer.
-type cancelBody struct {
-	io.ReadCloser
-	cancel context.CancelCauseFunc
-}
-
-// Close implements io.Closer.
-func (b *cancelBody) Close() error {
-	defer b.cancel(nil)
-	return b.ReadCloser.Close()
-}
-
-func restConfig(kubeconfig string) (*rest.Config, error) {
-	if kubeconfig != "" {
-		config, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
-		if err != nil {
-			return nil, fmt.Errorf("read --kubeconfig %s: %w", kubeconfig, err)
-		}
-		return config, nil
-	}
-	config, err := rest.InClusterConfig()
-	if errors.Is(err, rest.ErrNotInCluster) {
-		return nil, errors.New("find API server: not in a cluster; give --kubeconfig FILE or --manifests DIR")
-	}
-	if err != nil {
-		return nil, fmt.Errorf("read in-cluster configuration: %w", err)
-	}
-	return config, nil
 }

@@ -21,7 +21,6 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/watch"
-	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/kubernetes/fake"
 	clienttesting "k8s.io/client-go/testing"
 	"k8s.io/client-go/tools/cache"
@@ -31,9 +30,34 @@ func apiPod(namespace, name string, labels map[string]string) *corev1.Pod {
 	return &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name, Labels: labels}}
 }
 
+// fakeClient is a Client of objects in memory, less the stream of initial events, which client-go's fake does not have.
+type fakeClient struct{ *fake.Clientset }
+
+// List implements Client.
+func (c fakeClient) List(ctx context.Context, resource string, opts metav1.ListOptions) (runtime.Object, error) {
+	switch resource {
+	case namespaces:
+		return c.CoreV1().Namespaces().List(ctx, opts)
+	case pods:
+		return c.CoreV1().Pods("").List(ctx, opts)
+	}
+	return c.NetworkingV1().NetworkPolicies("").List(ctx, opts)
+}
+
+// Watch implements Client.
+func (c fakeClient) Watch(ctx context.Context, resource string, opts metav1.ListOptions) (watch.Interface, error) {
+	switch resource {
+	case namespaces:
+		return c.CoreV1().Namespaces().Watch(ctx, opts)
+	case pods:
+		return c.CoreV1().Pods("").Watch(ctx, opts)
+	}
+	return c.NetworkingV1().NetworkPolicies("").Watch(ctx, opts)
+}
+
 // runAPI starts the source. The fake client loses what happens between a list and its watch: in a synctest bubble Wait
 // returns when all watches stand.
-func runAPI(t *testing.T, client kubernetes.Interface, log *logBuffer) *recorder {
+func runAPI(t *testing.T, client Client, log *logBuffer) *recorder {
 	t.Helper()
 	sink := newRecorder()
 	ctx, cancel := context.WithCancel(t.Context())
@@ -51,12 +75,12 @@ func runAPI(t *testing.T, client kubernetes.Interface, log *logBuffer) *recorder
 func TestAPIServer(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		client := fake.NewClientset(
+		client := fakeClient{fake.NewClientset(
 			&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "shop"}},
 			apiPod("shop", "web", map[string]string{"app": "web"}),
 			apiPod("bank", "db", nil),
 			&networkingv1.NetworkPolicy{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "deny"}},
-		)
+		)}
 		sink := runAPI(t, client, &logBuffer{})
 		model := NewModel()
 		take := func(changes []Change) []Change {
@@ -123,7 +147,7 @@ func TestAPIServer(t *testing.T) {
 // Not in a bubble: apimachinery's HandleError remembers the real time and would sleep until the bubble's clock is there.
 func TestAPIServerNotSyncedUntilAllListed(t *testing.T) {
 	t.Parallel()
-	client := fake.NewClientset(apiPod("shop", "web", nil))
+	client := fakeClient{fake.NewClientset(apiPod("shop", "web", nil))}
 	var allowed atomic.Bool
 	client.PrependReactor("list", "networkpolicies", func(clienttesting.Action) (bool, runtime.Object, error) {
 		if allowed.Load() {
@@ -152,7 +176,7 @@ func TestAPIServerNotSyncedUntilAllListed(t *testing.T) {
 func TestAPIServerLogsRefusedWatch(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		client := fake.NewClientset()
+		client := fakeClient{fake.NewClientset()}
 		busy := true
 		client.PrependWatchReactor("pods", func(clienttesting.Action) (bool, watch.Interface, error) {
 			return busy, nil, apierrors.NewTooManyRequests("overloaded", 1)
@@ -254,7 +278,7 @@ func TestWatchList(t *testing.T) {
 	if err := os.WriteFile(kubeconfig, []byte(config), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	client, err := RESTClient(kubeconfig)
+	client, err := NewRESTClient(kubeconfig)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -273,11 +297,11 @@ func TestWatchList(t *testing.T) {
 
 func TestRESTClientErrors(t *testing.T) {
 	t.Setenv("KUBERNETES_SERVICE_HOST", "")
-	if _, err := RESTClient(""); err == nil || !strings.Contains(err.Error(), "--manifests") {
+	if _, err := NewRESTClient(""); err == nil || !strings.Contains(err.Error(), "--manifests") {
 		t.Errorf("outside a cluster: %v", err)
 	}
 	missing := filepath.Join(t.TempDir(), "none")
-	if _, err := RESTClient(missing); err == nil || !strings.Contains(err.Error(), "--kubeconfig "+missing) {
+	if _, err := NewRESTClient(missing); err == nil || !strings.Contains(err.Error(), "--kubeconfig "+missing) {
 		t.Errorf("missing kubeconfig: %v", err)
 	}
 }

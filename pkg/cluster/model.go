@@ -3,6 +3,7 @@ package cluster
 import (
 	"iter"
 	"maps"
+	"slices"
 
 	corev1 "k8s.io/api/core/v1"
 )
@@ -21,6 +22,19 @@ func NewModel() *Model {
 		pods:       map[string]map[string]*Pod{},
 		policies:   map[string]map[string]*Policy{},
 	}
+}
+
+// Clone returns a model of the same objects.
+func (m *Model) Clone() *Model {
+	return &Model{namespaces: maps.Clone(m.namespaces), pods: cloned(m.pods), policies: cloned(m.policies)}
+}
+
+func cloned[T any](m map[string]map[string]T) map[string]map[string]T {
+	c := make(map[string]map[string]T, len(m))
+	for k, inner := range m {
+		c[k] = maps.Clone(inner)
+	}
+	return c
 }
 
 // Apply stores or removes one object.
@@ -69,6 +83,12 @@ func (m *Model) Pods() iter.Seq[*Pod] { return all(m.pods) }
 // PodsIn yields the pods of one namespace in no particular order.
 func (m *Model) PodsIn(namespace string) iter.Seq[*Pod] { return maps.Values(m.pods[namespace]) }
 
+// Populated yields the namespaces that have pods in no particular order.
+func (m *Model) Populated() iter.Seq[string] { return maps.Keys(m.pods) }
+
+// Policy returns a policy, or nil.
+func (m *Model) Policy(namespace, name string) *Policy { return m.policies[namespace][name] }
+
 // Policies yields every policy in no particular order.
 func (m *Model) Policies() iter.Seq[*Policy] { return all(m.policies) }
 
@@ -87,6 +107,22 @@ func all[T any](m map[string]map[string]T) iter.Seq[T] {
 			}
 		}
 	}
+}
+
+// PolicyCount is how many policies there are.
+func (m *Model) PolicyCount() int {
+	n := 0
+	for _, inner := range m.policies {
+		n += len(inner)
+	}
+	return n
+}
+
+// Equal reports whether two pods are one and the same in all that enforcement needs.
+func (p *Pod) Equal(o *Pod) bool {
+	return p.Namespace == o.Namespace && p.Name == o.Name && p.UID == o.UID && p.MirrorUID == o.MirrorUID && p.Node == o.Node &&
+		p.HostNetwork == o.HostNetwork && p.Terminal == o.Terminal && p.Deleting == o.Deleting && p.Created.Equal(o.Created) &&
+		slices.Equal(p.IPs, o.IPs) && slices.Equal(p.Ports, o.Ports) && maps.Equal(p.Labels, o.Labels)
 }
 
 // NamespaceLabels returns the labels of a namespace. kubernetes.io/metadata.name is always there and always right, as the
