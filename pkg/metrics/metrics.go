@@ -22,6 +22,10 @@ type Metrics struct {
 	Revoked       prometheus.Counter // connections ended because policies no longer allow them
 	RevokeSeconds prometheus.Histogram
 	Synced        prometheus.Gauge
+
+	DeniedLogged prometheus.Counter // packets that denying rules told of
+	DeniedLost   prometheus.Counter // packets of which the kernel could not tell, because the daemon was too slow
+	LogUnbound   prometheus.Counter // times that reading them failed and began anew
 }
 
 // New registers the collectors and the Go runtime's. sourceProblems counts what is wrong with the source of objects.
@@ -61,6 +65,15 @@ func New(sourceProblems func() float64) *Metrics {
 		RevokeSeconds: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "podwall_revoke_seconds", Help: "Time to find and end the connections that a change no longer allows.", Buckets: prometheus.ExponentialBuckets(0.001, 2, 15),
 		}),
+		DeniedLogged: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "podwall_denied_logged_total", Help: "Denied packets that podwalld denials was told of: at most 10 a second per pod and direction; rules count all.",
+		}),
+		DeniedLost: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "podwall_denied_lost_total", Help: "Denied packets that were logged and did not reach the daemon, because it did not read fast enough.",
+		}),
+		LogUnbound: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "podwall_denied_unbound_total", Help: "Times that the daemon lost the NFLOG group of denied packets, and bound it again.",
+		}),
 		Synced: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "podwall_synced", Help: "1 once all objects have been read and the ruleset is in the kernel.",
 		}),
@@ -69,6 +82,7 @@ func New(sourceProblems func() float64) *Metrics {
 		Name: "podwall_source_problems", Help: "Manifest files or documents that cannot be read as they are; each is named in the log.",
 	}, sourceProblems))
 	m.Registry.MustRegister(m.Attachments, m.AdoptedPods, m.Problems, m.Objects, m.Commits, m.Drift, m.HiddenBridges, m.CommitSeconds, m.RenderSeconds, m.Revoked, m.RevokeSeconds, m.Synced,
+		m.DeniedLogged, m.DeniedLost, m.LogUnbound,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }

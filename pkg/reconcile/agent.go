@@ -43,7 +43,7 @@ func (l *Loop) Attach(ctx context.Context, a attach.Attachment) error {
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrRefused, err)
 	}
-	l.kick()
+	l.attachmentsChanged()
 	for {
 		now, changed := l.current()
 		s := now.byKey[entry.Key]
@@ -69,6 +69,13 @@ func (l *Loop) Attach(ctx context.Context, a attach.Attachment) error {
 	}
 }
 
+func (l *Loop) attachmentsChanged() {
+	l.mu.Lock()
+	l.told = true
+	l.mu.Unlock()
+	l.kick()
+}
+
 // identify fills in the pod of an attachment that came without one.
 func (l *Loop) identify(a *attach.Attachment) error {
 	if a.Pod.Named() {
@@ -88,7 +95,7 @@ func (l *Loop) Detach(ctx context.Context, k attach.Key) error {
 	if !ok {
 		return nil
 	}
-	l.kick()
+	l.attachmentsChanged()
 	for {
 		now, changed := l.current()
 		s := now.byKey[k]

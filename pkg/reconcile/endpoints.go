@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 
@@ -23,10 +24,17 @@ type state struct {
 	pod    *cluster.Pod // as last seen: an object that is gone does not end the enforcement
 	// clean says that the addresses have been closed and the connections of a former owner forgotten since ADD (or DEL).
 	clean bool
+
+	named string // what id has returned
 }
 
 // id names the endpoint's chains.
-func (s *state) id() string { return policy.ID("attachment", s.entry.ContainerID, s.entry.IfName) }
+func (s *state) id() string {
+	if s.named == "" {
+		s.named = policy.ID("attachment", s.entry.ContainerID, s.entry.IfName)
+	}
+	return s.named
+}
 
 // open reports whether the endpoint may have its policies' chains instead of quarantine.
 func (l *Loop) open(s *state) bool {
@@ -63,9 +71,13 @@ func (l *Loop) wasOpen(e registry.Entry) bool {
 // closed; the others have been refreshed.
 func (l *Loop) refresh() (bool, error) {
 	l.mu.Lock()
-	sweep := l.sweep
-	l.sweep = false
+	sweep, told := l.sweep, l.told
+	l.sweep, l.told = false, false
 	l.mu.Unlock()
+	if !sweep && !told && !l.inputs.stale && !l.inputs.restless {
+		return false, nil
+	}
+	l.inputs.stale, l.inputs.restless = true, false
 
 	var errs []error
 	seen := map[attach.Key]bool{}
@@ -87,13 +99,15 @@ func (l *Loop) refresh() (bool, error) {
 			if gone {
 				if err := l.registry.Remove(e.Key, e.Seq); err != nil {
 					errs = append(errs, err)
+					l.inputs.restless = true
 				}
 				continue
 			}
 		}
 		seen[e.Key] = true
-		if pod := l.podOf(&st.entry); pod != nil {
-			st.pod = pod
+		l.inputs.restless = l.inputs.restless || st.link == nil || st.hidden != nil || e.Detached
+		if pod := l.podOf(&st.entry); pod != nil && (st.pod == nil || !pod.Equal(st.pod)) {
+			st.pod = pod // one that is made up here is another one each time
 		}
 	}
 	for k, st := range l.states {
@@ -167,8 +181,17 @@ func (l *Loop) podOf(e *registry.Entry) *cluster.Pod {
 	return nil
 }
 
-// input collects what the ruleset is rendered from.
+// input returns what the ruleset is rendered from.
 func (l *Loop) input() policy.Input {
+	if l.inputs.stale {
+		l.inputs.stale = false
+		l.inputs.version++
+		l.inputs.last = l.collect()
+	}
+	return l.inputs.last
+}
+
+func (l *Loop) collect() policy.Input {
 	in := policy.Input{Model: l.model, Options: l.cfg.Policy}
 	states := l.sortedStates() // settle, conflicts and publish rely on endpoints being in this order
 	entries := make([]registry.Entry, len(states))
@@ -194,6 +217,7 @@ func (l *Loop) input() policy.Input {
 		attached[st.entry.Pod.String()] = true
 		in.Endpoints = append(in.Endpoints, e)
 	}
+	l.inputs.attached = attached
 	return l.closeOrphans(l.adopt(in, owners, attached), owners)
 }
 
@@ -237,9 +261,9 @@ func (l *Loop) unenforceable() []policy.Problem {
 // adopt adds the pods of this node that never passed through the plugin, by the addresses that the API reports.
 func (l *Loop) adopt(in policy.Input, owners map[netip.Addr]attach.Key, attached map[string]bool) policy.Input {
 	var adopted []policy.Endpoint
-	for pod := range l.model.Pods() {
+	for _, pod := range l.here {
 		name := pod.Namespace + "/" + pod.Name
-		if pod.Node != l.cfg.NodeName || pod.Node == "" || pod.HostNetwork || pod.Terminal || attached[name] {
+		if pod.HostNetwork || pod.Terminal || attached[name] {
 			continue
 		}
 		e := policy.Endpoint{ID: policy.ID("adopted", pod.Namespace, pod.Name, pod.UID), Name: name, Pod: pod}
@@ -291,21 +315,22 @@ func (l *Loop) sortedStates() []*state {
 // settle follows a commit: endpoints that have just been closed get rid of former connections, and so do addresses that are
 // nobody's any more. It reports whether another pass is due, because an endpoint can be opened now.
 func (l *Loop) settle(in policy.Input) (bool, error) {
+	if len(l.former) == 0 && !l.unclean() {
+		return false, nil
+	}
 	again := false
 	owned := map[netip.Addr]bool{}
-	var closed, opened []*state
+	var closed, back []*state
 	var ips, returned []netip.Addr
 	for i, st := range l.sortedStates() {
 		// Only addresses that it owns: a late DEL must not cut the connections of the pod that has the address now.
 		for _, ip := range in.Endpoints[i].IPs {
 			owned[ip] = true
 		}
-		if in.Endpoints[i].Pod != nil {
-			opened = append(opened, st)
-		}
 		switch {
 		case st.clean:
 		case in.Endpoints[i].Pod != nil: // it returns
+			back = append(back, st)
 			returned = append(returned, in.Endpoints[i].IPs...)
 		default:
 			closed = append(closed, st)
@@ -321,25 +346,44 @@ func (l *Loop) settle(in policy.Input) (bool, error) {
 	if err := l.forgetPickedUp(returned); err != nil {
 		return false, err
 	}
-	for _, st := range opened {
+	l.forgotten = make(map[netip.Addr]bool, len(ips))
+	for _, ip := range ips {
+		l.forgotten[ip] = true
+	}
+	for _, st := range back {
 		st.clean = true
-		l.markOpened(st)
 	}
 	for _, st := range closed {
 		st.clean = true
 		again = again || l.open(st)
 	}
+	l.inputs.stale = l.inputs.stale || len(closed) > 0
 	return again, nil
 }
 
-// markOpened notes an attachment's first opening in the registry. What fails is made up for by the next daemon that finds it open.
-func (l *Loop) markOpened(st *state) {
-	if st.entry.Opened {
+func (l *Loop) unclean() bool {
+	for _, st := range l.states {
+		if !st.clean {
+			return true
+		}
+	}
+	return false
+}
+
+// markOpened notes the first opening of attachments in the registry. What fails is made up for by the next daemon that finds them open.
+func (l *Loop) markOpened(in policy.Input) {
+	marked := func(st *state) bool { return st.entry.Opened || st.entry.Detached || !st.clean }
+	if !slices.ContainsFunc(slices.Collect(maps.Values(l.states)), func(st *state) bool { return !marked(st) }) {
 		return
 	}
-	st.entry.Opened = true
-	if err := l.registry.MarkOpened(st.entry.Key, st.entry.Seq); err != nil {
-		l.cfg.Log.Warn("it will not be known that the ADD was finished: its connections are forgotten should the tables be gone at the next start", "attachment", st.entry.Key, "error", err)
+	for i, st := range l.sortedStates() {
+		if marked(st) || in.Endpoints[i].Pod == nil {
+			continue
+		}
+		st.entry.Opened = true
+		if err := l.registry.MarkOpened(st.entry.Key, st.entry.Seq); err != nil {
+			l.cfg.Log.Warn("it will not be known that the ADD was finished: its connections are forgotten should the tables be gone at the next start", "attachment", st.entry.Key, "error", err)
+		}
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"k8s.io/utils/clock"
 
 	"github.com/podwall/podwall/pkg/nft"
+	"github.com/podwall/podwall/pkg/policy"
 	"github.com/podwall/podwall/pkg/ruleset"
 )
 
@@ -64,7 +65,10 @@ func (l *Loop) audit(ctx context.Context) error {
 	now := l.cfg.Clock.Now()
 	l.foreign.calm = now.Add(min(max(leastCalm, calmShare*now.Sub(begin)), mostCalm))
 	if err == nil {
-		err = l.commit(ctx, ruleset.Diff(l.loaded, want))
+		restore := ruleset.Diff(l.loaded, want)
+		if err = l.commit(ctx, restore); err == nil && !restore.Empty() && l.revoker != nil {
+			l.revoker.restored(policy.Isolated(want))
+		}
 	}
 	if nft.IsRefusal(err) && l.isSynced() {
 		l.foreign.unseen, l.foreign.due = false, nil // the pass that follows finds out what is refused
@@ -102,12 +106,13 @@ func (l *Loop) verify(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	l.generation = generation
 	if d := ruleset.Diff(kernel, l.loaded); !d.Empty() {
 		ops := slices.Concat(d.Prepare, d.Apply, d.Cleanup)
 		l.cfg.Metrics.Drift.Inc()
 		l.cfg.Log.Error("somebody else has changed podwall's tables, they are being restored", "differences", len(ops), "first", ops[0].Name(), "committed", l.foreign.by())
+		l.loaded = kernel
 	}
-	l.loaded, l.generation = kernel, generation
 	return nil
 }
 

@@ -83,6 +83,7 @@ type Loop struct {
 	queue     []cluster.Change
 	synced    bool
 	sweep     bool // links may have gone
+	told      bool // attachments have come or gone
 	down      bool // podwall was uninstalled: the tables go
 	published view
 	changed   chan struct{} // closed and replaced whenever published is
@@ -94,30 +95,55 @@ type Loop struct {
 
 	revoker *revoker // nil: revoked connections go on
 
+	// shared guards what others read of the model, inForce, endpoints and bridged, while Run's goroutine changes them; it reads them without.
+	shared    sync.RWMutex
+	model     *cluster.Model
+	inForce   ruleset.Ruleset     // what was last committed as a whole
+	endpoints []policy.Endpoint   // those that it was rendered from
+	bridged   map[netip.Addr]bool // addresses of endpoints that are behind a bridge
+
 	// Owned by Run.
-	model    *cluster.Model
-	states   map[attach.Key]*state
-	loaded   ruleset.Ruleset
-	orphans  []orphan
-	former   []netip.Addr // addresses of ended attachments whose connections are still to be forgotten
-	problems map[policy.Problem]bool
-	refused  refusals
+	engine *policy.Engine
+	states map[attach.Key]*state
+	// loaded is what the kernel has: the engine's own ruleset, as long as nothing has come between them.
+	loaded  ruleset.Ruleset
+	here    map[cluster.Key]*cluster.Pod // pods whose objects name this node
+	inputs  inputs
+	orphans []orphan
+	former  []netip.Addr // addresses of ended attachments whose connections are still to be forgotten
+	// forgotten are addresses that were closed by the last commit and whose connections were forgotten after it.
+	forgotten map[netip.Addr]bool
+	problems  map[policy.Problem]bool
+	refused   refusals
 	// generation is the kernel's when loaded was true of it.
 	generation uint32
 	started    bool
 	foreign    foreign
 }
 
-// view is what Run last published. It is immutable.
+// view is what Run last published. It is immutable. What grows with the cluster is not in it, but looked up when somebody asks.
 type view struct {
 	ready    bool
 	stopped  bool // Run has returned: nothing will change any more
 	err      error
 	pods     []PodStatus
 	byKey    map[attach.Key]*PodStatus
-	policies []PolicyStatus
 	problems []policy.Problem
-	ruleset  ruleset.Ruleset
+}
+
+// inputs are the node's own part of what the ruleset is rendered from. It is collected anew when something of it may have changed.
+type inputs struct {
+	stale    bool
+	last     policy.Input
+	attached map[string]bool // namespace/name of the pods of attachments
+	restless bool            // there is an attachment whose link is to be looked at in each pass
+	version  uint64          // counts the times that it was collected
+
+	// What the engine was given and what was published is of these versions.
+	given, shown uint64
+	engineShown  uint64
+	bridgedOf    uint64
+	refusedShown bool
 }
 
 // New returns a loop that has not started.
@@ -126,11 +152,15 @@ func New(cfg Config) *Loop {
 		cfg:     cfg,
 		wake:    make(chan struct{}, 1),
 		changed: make(chan struct{}),
-		model:   cluster.NewModel(),
+		engine:  policy.NewEngine(cfg.Policy),
 		states:  map[attach.Key]*state{},
+		here:    map[cluster.Key]*cluster.Pod{},
+		inputs:  inputs{stale: true},
+		told:    true,
 	}
+	l.model = l.engine.Model()
 	if cfg.Policy.Cut {
-		l.revoker = newRevoker(&l.cfg, l.kick)
+		l.revoker = newRevoker(&l.cfg, l.tables()[0], l.allows, l.isBridged, l.kick)
 	}
 	return l
 }
@@ -282,6 +312,7 @@ func (l *Loop) start(ctx context.Context) error {
 		l.revoker.inherit(l.loaded)
 	}
 	l.orphans = nil
+	l.inputs.stale = true
 	for _, e := range l.registry.Entries() {
 		l.states[e.Key] = &state{entry: e, clean: l.wasOpen(e)}
 	}
@@ -319,28 +350,118 @@ func (l *Loop) pass(ctx context.Context) error {
 			}
 		}
 		begin := l.cfg.Clock.Now()
-		before := l.loaded
-		in, out := l.render()
-		delta := ruleset.Diff(before, out.Ruleset)
+		full := l.input()
+		l.refused.again(full, begin)
+		w := l.want(full)
 		l.cfg.Metrics.RenderSeconds.Observe(l.cfg.Clock.Since(begin).Seconds())
-		if err := l.commit(ctx, delta); err != nil {
-			if in, out, err = l.isolate(ctx, before, err); err != nil {
+		if err := l.commit(ctx, w.delta); err != nil {
+			if w, err = l.isolate(ctx, w.before, err); err != nil {
 				return err
 			}
-			delta = ruleset.Diff(before, out.Ruleset)
 		}
-		l.loaded = out.Ruleset
+		l.done(w)
 		l.refused.taken()
-		if l.revoker != nil {
-			l.revoker.committed(delta, out.Ruleset, in.Endpoints)
-		}
-		again, err := l.settle(in)
-		l.publish(in, out)
-		l.showRefused(in)
+		again, err := l.settle(w.in)
+		l.publish(w)
+		l.markOpened(w.in)
 		if err = errors.Join(partial, err); err != nil || !again {
 			return err
 		}
 	}
+}
+
+// wanted is what a pass is to bring about.
+type wanted struct {
+	in     policy.Input // with what is refused closed
+	delta  ruleset.Delta
+	before ruleset.Ruleset // what delta begins with
+	// whole is what the kernel has then, when that was not left to the engine, and next what is known of it.
+	whole ruleset.Ruleset
+	next  policy.Output
+}
+
+// want finds out what is to be done. The engine knows it, unless the kernel has something else than it believes. Only when the kernel
+// does not let go of something everything is rendered from scratch: that is no part of any ruleset that is wanted.
+func (l *Loop) want(full policy.Input) wanted {
+	full.CutBeforeNAT = l.revoker != nil && l.revoker.beforeNAT()
+	l.engine.SetCutBeforeNAT(full.CutBeforeNAT)
+	in, linkless := l.taken(full)
+	if len(linkless) > 0 || l.refused.leaves() {
+		w := wanted{before: l.loaded}
+		w.in, w.next = l.renderTaken(full)
+		w.whole = w.next.Ruleset
+		w.delta = ruleset.Diff(l.loaded, w.whole)
+		return w
+	}
+	if l.inputs.given != l.inputs.version || len(l.refused.endpoints) > 0 {
+		l.engine.SetEndpoints(in.Endpoints)
+		if l.inputs.given = l.inputs.version; len(l.refused.endpoints) > 0 {
+			l.inputs.given = 0 // they may be opened without any other change
+		}
+	}
+	w := wanted{in: in, before: l.loaded}
+	if l.follows() {
+		w.delta = l.engine.Delta()
+	} else {
+		w.delta = ruleset.Diff(l.loaded, l.engine.Desired())
+	}
+	return w
+}
+
+// follows reports whether what is loaded is what the engine takes for it.
+func (l *Loop) follows() bool {
+	committed := l.engine.Ruleset()
+	return len(committed) > 0 && len(l.loaded) > 0 && committed[0] == l.loaded[0]
+}
+
+// done follows a commit.
+func (l *Loop) done(w wanted) {
+	followed := l.follows() && w.whole == nil
+	l.shared.Lock()
+	l.endpoints = w.in.Endpoints
+	if l.inputs.bridgedOf != l.inputs.version {
+		l.inputs.bridgedOf, l.bridged = l.inputs.version, map[netip.Addr]bool{}
+		for _, e := range w.in.Endpoints {
+			for _, ip := range e.IPs {
+				l.bridged[ip] = e.Bridge != ""
+			}
+		}
+	}
+	if l.inForce = w.whole; w.whole == nil {
+		l.engine.Commit()
+		l.inForce = l.engine.Ruleset()
+	}
+	l.shared.Unlock()
+	l.loaded = l.inForce
+	if l.revoker == nil {
+		return
+	}
+	forgotten := l.forgotten
+	l.forgotten = nil
+	l.revoker.committed(w.delta, forgotten, func(first bool) (policy.Tightened, policy.Tightened) {
+		switch {
+		case followed && !first:
+			return l.engine.TightenedBy(w.delta)
+		case w.whole != nil && !first:
+			return policy.TightenedBy(w.delta, l.loaded), policy.Tightened{}
+		}
+		// What was established under the rules of others is not known.
+		return policy.Isolated(l.loaded), policy.Tightened{}
+	})
+}
+
+// allows reports whether the rules that are in force accept a connection.
+func (l *Loop) allows(c policy.Connection) (bool, error) {
+	l.shared.RLock()
+	defer l.shared.RUnlock()
+	return policy.Allows(l.inForce, c)
+}
+
+// isBridged reports whether an address is an endpoint's that is behind a bridge.
+func (l *Loop) isBridged(ip netip.Addr) bool {
+	l.shared.RLock()
+	defer l.shared.RUnlock()
+	return l.bridged[ip]
 }
 
 func (l *Loop) isSynced() bool {
@@ -361,6 +482,9 @@ func (l *Loop) removeTables(ctx context.Context) error {
 		return err
 	}
 	l.loaded = nil
+	l.shared.Lock()
+	l.inForce = nil
+	l.shared.Unlock()
 	l.show(view{})
 	return nil
 }
@@ -371,11 +495,33 @@ func (l *Loop) take() bool {
 	queue, synced := l.queue, l.synced
 	l.queue = nil
 	l.mu.Unlock()
+	if len(queue) == 0 {
+		return synced
+	}
+	l.shared.Lock()
+	defer l.shared.Unlock()
 	for _, c := range queue {
-		l.model.Apply(c)
 		l.cfg.Metrics.Objects.WithLabelValues(c.Key.Kind.String()).Inc()
+		if l.engine.Apply(c) && c.Key.Kind == cluster.KindPod {
+			l.noteLocal(c.Key)
+		}
 	}
 	return synced
+}
+
+// noteLocal sees to it that a change of a pod that concerns this node's own pods is heard of.
+func (l *Loop) noteLocal(k cluster.Key) {
+	pod := l.model.Pod(k.Namespace, k.Name)
+	_, was := l.here[k]
+	is := pod != nil && pod.Node == l.cfg.NodeName && pod.Node != ""
+	if is {
+		l.here[k] = pod
+	} else {
+		delete(l.here, k)
+	}
+	if was || is || l.inputs.attached[k.Namespace+"/"+k.Name] {
+		l.inputs.stale = true
+	}
 }
 
 func (l *Loop) commit(ctx context.Context, d ruleset.Delta) error {

@@ -556,6 +556,7 @@ func TestRestartWithoutTables(t *testing.T) {
 				if err := first.Attach(within(t, time.Second), attachment("c1", "a", "10.0.0.1")); err != nil {
 					t.Fatal(err)
 				}
+				synctest.Wait() // the mark does not hold up the ADD
 				first.change(t, first.flush(), ruleset.Op{Kind: ruleset.DelTable, Table: first.tables()[1]})
 				if tt.meanwhile != nil {
 					tt.meanwhile(t, first)
@@ -566,6 +567,8 @@ func TestRestartWithoutTables(t *testing.T) {
 				next.flowsMu.Unlock()
 				next.Apply(tt.known...)
 				next.Synced()
+				synctest.Wait()
+				time.Sleep(lookAgain) // who starts over is looked at once more
 				synctest.Wait()
 				if diff := cmp.Diff(tt.forgets, next.forgets); diff != "" {
 					t.Errorf("forgotten (-want +got):\n%s", diff)
@@ -597,6 +600,7 @@ func TestRestartMarksOpened(t *testing.T) {
 				t.Errorf("the file says %+v, want opened %v", e, want)
 			}
 		}
+		synctest.Wait()
 		opened(true)
 		files, err := filepath.Glob(filepath.Join(first.dir, "*"))
 		if err != nil || len(files) != 1 {

@@ -12,7 +12,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/podwall/podwall/pkg/attach"
 	"github.com/podwall/podwall/pkg/cluster"
 	"github.com/podwall/podwall/pkg/nft"
 	"github.com/podwall/podwall/pkg/policy"
@@ -71,6 +70,9 @@ func (r *refusals) again(in policy.Input, now time.Time) {
 	if r.endpoints == nil {
 		r.endpoints, r.left = map[string]*refusal{}, map[object]*refusal{}
 	}
+	if len(r.endpoints) == 0 && len(r.left) == 0 {
+		return
+	}
 	here := map[string]*policy.Endpoint{}
 	for i := range in.Endpoints {
 		here[in.Endpoints[i].ID] = &in.Endpoints[i]
@@ -115,15 +117,21 @@ func basisOf(m *cluster.Model, e *policy.Endpoint) basis {
 	return b
 }
 
-// render computes what is desired and can be had.
-func (l *Loop) render() (policy.Input, policy.Output) {
-	in := l.input()
-	l.refused.again(in, l.cfg.Clock.Now())
-	return l.renderTaken(in)
+// leaves reports whether something is left in the kernel that is not wanted.
+func (r *refusals) leaves() bool {
+	for _, x := range r.left {
+		if !x.trial {
+			return true
+		}
+	}
+	return false
 }
 
-// renderTaken renders all of it but what is refused.
-func (l *Loop) renderTaken(in policy.Input) (policy.Input, policy.Output) {
+// taken returns the input with the endpoints closed that are refused, and the IDs of those whose links stay as they are in the kernel.
+func (l *Loop) taken(in policy.Input) (policy.Input, []string) {
+	if len(l.refused.endpoints) == 0 {
+		return in, nil
+	}
 	in.Endpoints = slices.Clone(in.Endpoints)
 	var linkless []string
 	for i := range in.Endpoints {
@@ -136,12 +144,20 @@ func (l *Loop) renderTaken(in policy.Input) (policy.Input, policy.Output) {
 			}
 		}
 	}
-	in.CutBeforeNAT = l.revoker != nil && l.revoker.beforeNAT()
+	return in, linkless
+}
+
+// problemsOf adds to what is wrong with objects what is wrong with this node's pods.
+func (l *Loop) problemsOf(in policy.Input, list []policy.Problem) []policy.Problem {
+	list = slices.Concat(list, l.conflicts(in), l.unenforceable(), l.refusedProblems(in))
+	slices.SortFunc(list, func(a, b policy.Problem) int { return cmp.Compare(a.String(), b.String()) })
+	return list
+}
+
+// renderTaken renders all of it but what is refused.
+func (l *Loop) renderTaken(in policy.Input) (policy.Input, policy.Output) {
+	in, linkless := l.taken(in)
 	out := policy.Render(in)
-	out.Problems = append(out.Problems, l.conflicts(in)...)
-	out.Problems = append(out.Problems, l.unenforceable()...)
-	out.Problems = append(out.Problems, l.refusedProblems(in)...)
-	slices.SortFunc(out.Problems, func(a, b policy.Problem) int { return cmp.Compare(a.String(), b.String()) })
 	for _, t := range l.loaded {
 		for name, c := range t.Chains {
 			x := l.refused.left[object{table: t.ID, name: name}]
@@ -170,11 +186,11 @@ func leave(out *policy.Output, id ruleset.TableID) *ruleset.Table {
 
 // isolate follows a refused commit: it finds what the kernel does not take and commits the rest. It returns what is in the kernel
 // then, or the error when the fault is in no endpoint's objects.
-func (l *Loop) isolate(ctx context.Context, before ruleset.Ruleset, refused error) (policy.Input, policy.Output, error) {
+func (l *Loop) isolate(ctx context.Context, before ruleset.Ruleset, refused error) (wanted, error) {
 	var in policy.Input
 	var out policy.Output
 	if !nft.IsRefusal(refused) || !ruleset.Diff(before, l.loaded).Empty() {
-		return in, out, refused // the difference was to something that is not there: it is taken anew
+		return wanted{}, refused // the difference was to something that is not there: it is taken anew
 	}
 	full := l.input()
 	try := func() error {
@@ -201,7 +217,7 @@ func (l *Loop) isolate(ctx context.Context, before ruleset.Ruleset, refused erro
 		break
 	}
 	if err != nil {
-		return in, out, err
+		return wanted{}, err
 	}
 	l.loaded = out.Ruleset
 	now := l.cfg.Clock.Now()
@@ -217,7 +233,7 @@ func (l *Loop) isolate(ctx context.Context, before ruleset.Ruleset, refused erro
 			l.cfg.Log.Error("the kernel does not delete what is not needed any more: it is left, and everything else is enforced", "refused", o.String(), "error", x.err, "retry", x.pause)
 		}
 	}
-	return in, out, nil
+	return wanted{in: in, delta: ruleset.Diff(before, out.Ruleset), before: before, whole: out.Ruleset, next: out}, nil
 }
 
 // replace serves a table that somebody has changed so that no difference leads back to ours: a set of another type has the name of
@@ -479,32 +495,10 @@ func (x *refusal) reason() string {
 	return fmt.Sprintf("the kernel refuses %s: %v; it is tried again after every change of the pod or of its namespace's policies, and every few minutes", cmp.Or(x.what, "its rules"), x.err)
 }
 
-// showRefused completes what was published by why pods are closed.
-func (l *Loop) showRefused(in policy.Input) {
-	v, _ := l.current()
-	pods := slices.Clone(v.pods)
-	byKey := make(map[attach.Key]*PodStatus, len(v.byKey))
-	changed := false
-	for i := range pods {
-		s, name := &pods[i], in.Endpoints[i].Name
-		x := l.refused.endpoints[in.Endpoints[i].ID]
-		if x == nil || x.trial || name == lostRegistration || s.Attachment != "" && s.State == StateDetached {
-			continue
-		}
-		changed = true
-		s.State, s.Reason = StateQuarantined, x.reason()
-		s.Namespace, s.Name, _ = strings.Cut(name, "/")
+// closedFor returns why an endpoint is closed that could be open, or nothing.
+func (r *refusals) closedFor(id string) string {
+	if x := r.endpoints[id]; x != nil && !x.trial {
+		return x.reason()
 	}
-	if !changed {
-		return
-	}
-	for k, s := range v.byKey {
-		for i := range v.pods {
-			if s == &v.pods[i] {
-				byKey[k] = &pods[i]
-			}
-		}
-	}
-	v.pods, v.byKey = pods, byKey
-	l.show(v)
+	return ""
 }

@@ -545,8 +545,8 @@ func TestReceiveBuffer(t *testing.T) {
 				t.Errorf("the kernel has not what is desired: %d differences", len(d.Apply))
 			}
 			failed := failedCommits(t, w)
-			if (failed > 0) != tiny {
-				t.Errorf("%v commits failed with a tiny buffer: %v", failed, tiny)
+			if failed > 0 && !tiny { // with a tiny one they may: how many answers a transaction has is the writer's choice
+				t.Errorf("%v commits failed", failed)
 			}
 			t.Attr("report", fmt.Sprintf("receive buffer tiny %v: %v commits failed, all %d policies are in the kernel, nobody was closed", tiny, failed, policies))
 		})

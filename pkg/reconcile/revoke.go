@@ -39,14 +39,24 @@ const (
 	// confirmed its entry after the first look.
 	lookAgain = time.Second
 
+	// A change's connections are looked for at once. Then there is no look for restShare times as long as that has taken, and
+	// mostRest at most: each walks through the kernel's whole table, and a controller may relabel pods by the hundred.
+	restShare = 9
+	mostRest  = 100 * time.Millisecond
+
 	// cutChunk bounds one transaction of cut elements.
 	cutChunk = 4096
 )
 
 // revoker ends the connections that a commit no longer allows. It works beside the loop, so that no policy waits for it.
 type revoker struct {
-	cfg  *Config
-	wake chan struct{}
+	cfg   *Config
+	table ruleset.TableID
+	// allows judges a connection by the rules that are in force when it is asked.
+	allows func(policy.Connection) (bool, error)
+	// bridged reports whether an address is an endpoint's that is behind a bridge.
+	bridged func(netip.Addr) bool
+	wake    chan struct{}
 
 	// changed wakes the loop when beforeNAT has another answer.
 	changed func()
@@ -62,18 +72,17 @@ type revoker struct {
 	kept map[policy.Connection]time.Time
 }
 
-// revocation is what is to be looked at, and by which rules.
+// revocation is what is to be looked at.
 type revocation struct {
 	egress, ingress map[netip.Addr]bool // addresses of endpoints whose policies may allow less
 	again           bool                // this is the second look
 	loosened        bool                // some policy may allow more
 	gone            []netip.Addr        // addresses that have another owner now
-	rules           ruleset.Ruleset
-	bridged         map[netip.Addr]bool // addresses of endpoints behind a bridge; goes with rules
+	late            policy.Tightened    // addresses that are for the second look only
 }
 
-func newRevoker(cfg *Config, changed func()) *revoker {
-	return &revoker{cfg: cfg, wake: make(chan struct{}, 1), changed: changed, kept: map[policy.Connection]time.Time{}}
+func newRevoker(cfg *Config, table ruleset.TableID, allows func(policy.Connection) (bool, error), bridged func(netip.Addr) bool, changed func()) *revoker {
+	return &revoker{cfg: cfg, table: table, allows: allows, bridged: bridged, changed: changed, wake: make(chan struct{}, 1), kept: map[policy.Connection]time.Time{}}
 }
 
 // inherit tells it what a former daemon has loaded. Until the sets have been read the chain that looks at them stays.
@@ -100,27 +109,45 @@ func (r *revoker) setNATEnd(end time.Time) {
 	}
 }
 
-// committed tells it about a commit, and the ruleset and the endpoints since then; the first time it looks at everything that is isolated.
-func (r *revoker) committed(d ruleset.Delta, rules ruleset.Ruleset, endpoints []policy.Endpoint) {
+// committed tells it about a commit and asks whom that tightens, at once and later; the first time it looks at everything that is isolated.
+// A pod that was closed, and whose addresses' connections were forgotten for that, had nothing that the rules could revoke.
+func (r *revoker) committed(d ruleset.Delta, forgotten map[netip.Addr]bool, tightened func(first bool) (policy.Tightened, policy.Tightened)) {
 	if d.Empty() && r.begun {
 		return
 	}
-	t := policy.TightenedBy(d, rules)
-	if !r.begun {
-		t = policy.Isolated(rules)
-	}
-	bridged := map[netip.Addr]bool{}
-	for _, e := range endpoints {
-		for _, ip := range e.IPs {
-			bridged[ip] = e.Bridge != ""
-		}
-	}
+	t, late := tightened(!r.begun)
+	var egress, ingress []netip.Addr
+	t.Egress, egress = split(t.Egress, forgotten)
+	t.Ingress, ingress = split(t.Ingress, forgotten)
 	r.begun = true
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.todo.rules, r.todo.bridged, r.todo.loosened = rules, bridged, true
-	r.add(t.Egress, t.Ingress)
+	r.todo.loosened = true
+	r.todo.late.Egress = slices.Concat(r.todo.late.Egress, late.Egress, egress)
+	r.todo.late.Ingress = slices.Concat(r.todo.late.Ingress, late.Ingress, ingress)
+	r.todo.add(t)
 	r.kick()
+}
+
+// restored tells it that rules are in force again that somebody had taken away: what was established meanwhile is looked at.
+func (r *revoker) restored(t policy.Tightened) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.todo.add(t)
+	r.kick()
+}
+
+// split returns the addresses that are not in a set, and those that are.
+func split(list []netip.Addr, set map[netip.Addr]bool) ([]netip.Addr, []netip.Addr) {
+	var out, in []netip.Addr
+	for _, ip := range list {
+		if set[ip] {
+			in = append(in, ip)
+		} else {
+			out = append(out, ip)
+		}
+	}
+	return out, in
 }
 
 // owned tells it about addresses that got another owner: what was cut of the former one's is not the new one's.
@@ -129,19 +156,6 @@ func (r *revoker) owned(ips []netip.Addr) {
 	defer r.mu.Unlock()
 	r.todo.gone = append(r.todo.gone, ips...)
 	r.kick()
-}
-
-// add adds addresses; mu is held.
-func (r *revoker) add(egress, ingress []netip.Addr) {
-	if r.todo.egress == nil {
-		r.todo.egress, r.todo.ingress = map[netip.Addr]bool{}, map[netip.Addr]bool{}
-	}
-	for _, ip := range egress {
-		r.todo.egress[ip] = true
-	}
-	for _, ip := range ingress {
-		r.todo.ingress[ip] = true
-	}
 }
 
 func (r *revoker) kick() {
@@ -153,17 +167,21 @@ func (r *revoker) kick() {
 
 // run works until ctx ends. What is under way then is finished by the next daemon's first look at all connections.
 func (r *revoker) run(ctx context.Context) {
-	var rules ruleset.Ruleset
-	var bridged map[netip.Addr]bool
+	begun := false
 	// What the timer is for, and what has come since it was set: it is not put off by changes that keep coming.
 	var second, later revocation
 	var timer <-chan time.Time
+	wake := r.wake // nil while it rests
+	var rested <-chan time.Time
 	for {
 		var work revocation
 		select {
 		case <-ctx.Done():
 			return
-		case <-r.wake:
+		case <-rested:
+			wake, rested = r.wake, nil
+			continue
+		case <-wake:
 			r.mu.Lock()
 			work, r.todo = r.todo, revocation{}
 			r.mu.Unlock()
@@ -174,24 +192,22 @@ func (r *revoker) run(ctx context.Context) {
 				timer = r.cfg.Clock.After(lookAgain)
 			}
 		}
-		if work.rules != nil {
-			if rules == nil {
-				r.remember(ctx, work.rules)
-			}
-			rules, bridged = work.rules, work.bridged
+		if work.loosened && !begun {
+			begun = true
+			r.remember(ctx)
 		}
 		begin := r.cfg.Clock.Now()
 		// The former owner's connections were forgotten before this was told of it: what is found now is the new one's.
-		goneErr := r.release(ctx, rules, func(c policy.Connection) bool {
+		goneErr := r.release(ctx, func(c policy.Connection) bool {
 			return slices.Contains(work.gone, c.Src.Addr()) || slices.Contains(work.gone, c.Dst.Addr())
 		})
-		n, err := r.revoke(ctx, work, rules, bridged)
+		n, err := r.revoke(ctx, work)
 		if ctx.Err() != nil {
 			return
 		}
 		var againErr error
-		if judge := newJudge(rules); work.loosened {
-			againErr = errors.Join(r.release(ctx, rules, judge.allows), judge.err)
+		if judge := newJudge(r.allows); work.loosened {
+			againErr = errors.Join(r.release(ctx, judge.allows), judge.err)
 		}
 		if err = errors.Join(goneErr, err, againErr); err != nil {
 			r.cfg.Log.Error("connections that are no longer allowed could not all be ended", "error", err, "retry", lookAgain)
@@ -202,23 +218,30 @@ func (r *revoker) run(ctx context.Context) {
 			r.cfg.Metrics.RevokeSeconds.Observe(took.Seconds())
 			r.cfg.Log.Info("connections ended that policies no longer allow", "connections", n, "took", took)
 		}
-		if work.empty() || work.again && err == nil {
-			continue
+		if took := r.cfg.Clock.Since(begin); !work.empty() && took > 0 {
+			wake, rested = nil, r.cfg.Clock.After(min(restShare*took, mostRest))
 		}
-		if timer == nil {
-			second.merge(work)
+		var again revocation
+		if !work.again || err != nil {
+			again.merge(work)
+		}
+		again.add(work.late)
+		switch {
+		case again.empty():
+		case timer == nil:
+			second.merge(again)
 			timer = r.cfg.Clock.After(lookAgain)
-		} else {
-			later.merge(work)
+		default:
+			later.merge(again)
 		}
 	}
 }
 
 // remember reads what a former daemon has put into the sets: what is allowed again has to leave them.
-func (r *revoker) remember(ctx context.Context, rules ruleset.Ruleset) {
+func (r *revoker) remember(ctx context.Context) {
 	local, err := r.cfg.Links.Addresses()
 	for _, set := range policy.CutSets() {
-		elems, e := r.cfg.Kernel.Elements(ctx, rules[0].ID, set)
+		elems, e := r.cfg.Kernel.Elements(ctx, r.table, set)
 		err = errors.Join(err, e)
 		for _, elem := range elems {
 			if c, ok := policy.Uncut(set, elem); ok {
@@ -238,6 +261,18 @@ func (r *revoker) remember(ctx context.Context, rules ruleset.Ruleset) {
 // empty reports whether no connections are to be looked at.
 func (w *revocation) empty() bool { return len(w.egress)+len(w.ingress) == 0 }
 
+func (w *revocation) add(t policy.Tightened) {
+	if w.egress == nil {
+		w.egress, w.ingress = map[netip.Addr]bool{}, map[netip.Addr]bool{}
+	}
+	for _, ip := range t.Egress {
+		w.egress[ip] = true
+	}
+	for _, ip := range t.Ingress {
+		w.ingress[ip] = true
+	}
+}
+
 // merge adds the addresses of another one.
 func (w *revocation) merge(from revocation) {
 	if w.egress == nil {
@@ -248,48 +283,57 @@ func (w *revocation) merge(from revocation) {
 }
 
 // revoke ends the connections of the addresses that the rules do not allow, and returns how many there were.
-func (r *revoker) revoke(ctx context.Context, work revocation, rules ruleset.Ruleset, bridged map[netip.Addr]bool) (int, error) {
-	if work.empty() || rules == nil {
+func (r *revoker) revoke(ctx context.Context, work revocation) (int, error) {
+	if work.empty() {
 		return 0, nil
 	}
 	local, err := r.cfg.Links.Addresses()
 	if err != nil {
 		return 0, fmt.Errorf("list the node's addresses: %w", err)
 	}
-	judge := newJudge(rules)
-	// Several entries may be one connection to the rules: echo requests with different identifiers have no ports, and with NAT one
-	// source port may lead to one server in two ways.
-	revoked := map[conntrack.Flow]policy.Connection{}
-	each := func(f conntrack.Flow) {
-		if !work.egress[f.Src.Addr()] && !work.ingress[f.Dst.Addr()] {
-			return
-		}
-		if local[f.Src.Addr()] || f.Status&conntrack.Expected != 0 {
-			return // the node's own connections are always allowed, and what a helper expected belongs to another one
-		}
-		c := policy.Connection{Proto: f.Proto, Src: f.Src, Dst: f.Dst, ToNode: local[f.Dst.Addr()]}
-		if !judge.allows(c) {
-			revoked[f] = c
-		}
-	}
+	var mu sync.Mutex // guards what follows, and what is kept
+	judge := newJudge(r.allows)
 	total := 0
 	var errs []error
-	for _, filter := range filters(work) {
-		// What one dump has found does not wait for the next: each takes the kernel tens of milliseconds when many connections
-		// are tracked. What could not be judged goes on, and is no reason to spare the others.
-		clear(revoked)
-		if err := r.cfg.Connections.Flows(ctx, filter, each); err != nil {
+	look := func(filter conntrack.Filter) {
+		// Several entries may be one connection to the rules: echo requests with different identifiers have no ports, and with NAT one
+		// source port may lead to one server in two ways.
+		revoked := map[conntrack.Flow]policy.Connection{}
+		err := r.cfg.Connections.Flows(ctx, filter, func(f conntrack.Flow) {
+			if !work.egress[f.Src.Addr()] && !work.ingress[f.Dst.Addr()] {
+				return
+			}
+			if local[f.Src.Addr()] || f.Status&conntrack.Expected != 0 {
+				return // the node's own connections are always allowed, and what a helper expected belongs to another one
+			}
+			c := policy.Connection{Proto: f.Proto, Src: f.Src, Dst: f.Dst, ToNode: local[f.Dst.Addr()]}
+			mu.Lock()
+			defer mu.Unlock()
+			if !judge.allows(c) {
+				revoked[f] = c
+			}
+		})
+		mu.Lock()
+		defer mu.Unlock()
+		if err != nil {
 			errs = append(errs, fmt.Errorf("list connections: %w", err))
 		}
-		n, err := r.end(ctx, revoked, rules, bridged)
+		n, err := r.end(ctx, revoked)
 		total += n
 		errs = append(errs, err)
 	}
+	// What one dump has found does not wait for the next: each takes the kernel tens of milliseconds when many connections are tracked.
+	// What could not be judged goes on, and is no reason to spare the others.
+	var looks sync.WaitGroup
+	for _, filter := range filters(work) {
+		looks.Go(func() { look(filter) })
+	}
+	looks.Wait()
 	return total, errors.Join(append(errs, judge.err)...)
 }
 
 // end ends connections and returns how many there were: first the set, then the entries, so that nothing comes back in between.
-func (r *revoker) end(ctx context.Context, revoked map[conntrack.Flow]policy.Connection, rules ruleset.Ruleset, bridged map[netip.Addr]bool) (int, error) {
+func (r *revoker) end(ctx context.Context, revoked map[conntrack.Flow]policy.Connection) (int, error) {
 	if len(revoked) == 0 {
 		return 0, nil
 	}
@@ -298,15 +342,15 @@ func (r *revoker) end(ctx context.Context, revoked map[conntrack.Flow]policy.Con
 		if hasPorts(c.Proto) {
 			tuples[c] = true
 		}
-		if c.Proto == ruleset.ProtoTCP && f.OrigDst.IsValid() && bridged[f.Src.Addr()] {
+		if c.Proto == ruleset.ProtoTCP && f.OrigDst.IsValid() && r.bridged(f.Src.Addr()) {
 			asked[policy.Connection{Proto: f.Proto, Src: f.Src, Dst: f.OrigDst, BeforeNAT: true}] = true
 		}
 	}
-	cutErr := r.cut(ctx, slices.Collect(maps.Keys(tuples)), rules)
+	cutErr := r.cut(ctx, slices.Collect(maps.Keys(tuples)))
 	// These are about the clients' resets only, so they come apart, and the entries do not wait until the loop has added the
 	// chain: meanwhile the policies deny what the clients send.
 	if len(asked) > 0 {
-		cutErr = errors.Join(cutErr, r.cut(ctx, slices.Collect(maps.Keys(asked)), rules))
+		cutErr = errors.Join(cutErr, r.cut(ctx, slices.Collect(maps.Keys(asked))))
 		r.setNATEnd(r.lastBeforeNAT())
 	}
 	// Without an element a connection may come back from its other end, with its entry it would simply go on.
@@ -337,19 +381,19 @@ func hasPorts(proto uint8) bool {
 }
 
 // cut puts connections into the kernel's sets, those before NAT apart from others. A full set loses its oldest elements first.
-func (r *revoker) cut(ctx context.Context, connections []policy.Connection, rules ruleset.Ruleset) error {
+func (r *revoker) cut(ctx context.Context, connections []policy.Connection) error {
 	now := r.cfg.Clock.Now()
 	for chunk := range slices.Chunk(connections, cutChunk) {
 		chunk = slices.DeleteFunc(slices.Clone(chunk), func(c policy.Connection) bool {
 			end, ok := r.kept[c]
 			return ok && end.After(now)
 		})
-		err := r.commit(ctx, ruleset.AddElements, chunk, rules)
+		err := r.commit(ctx, ruleset.AddElements, chunk)
 		if errors.Is(err, unix.ENFILE) {
-			if err := r.evict(ctx, len(chunk), chunk[0].BeforeNAT, rules); err != nil {
+			if err := r.evict(ctx, len(chunk), chunk[0].BeforeNAT); err != nil {
 				return err
 			}
-			err = r.commit(ctx, ruleset.AddElements, chunk, rules)
+			err = r.commit(ctx, ruleset.AddElements, chunk)
 		}
 		if err != nil {
 			return fmt.Errorf("cut %d connections: %w", len(chunk), err)
@@ -373,7 +417,7 @@ func (r *revoker) lastBeforeNAT() time.Time {
 }
 
 // evict removes the n oldest connections of each family from the sets: which of them is full is not known.
-func (r *revoker) evict(ctx context.Context, n int, beforeNAT bool, rules ruleset.Ruleset) error {
+func (r *revoker) evict(ctx context.Context, n int, beforeNAT bool) error {
 	var families [2][]policy.Connection
 	for c := range r.kept {
 		if c.BeforeNAT != beforeNAT {
@@ -390,15 +434,12 @@ func (r *revoker) evict(ctx context.Context, n int, beforeNAT bool, rules rulese
 		slices.SortFunc(list, func(a, b policy.Connection) int { return r.kept[a].Compare(r.kept[b]) })
 		oldest = append(oldest, list[:min(n, len(list))]...)
 	}
-	return r.uncut(ctx, oldest, rules)
+	return r.uncut(ctx, oldest)
 }
 
 // release takes the connections out of the sets that which selects. What their clients asked for goes with them. It is known by
 // the client's end alone, which a former daemon has left as well; the worst is a client that is not reset.
-func (r *revoker) release(ctx context.Context, rules ruleset.Ruleset, which func(policy.Connection) bool) error {
-	if rules == nil {
-		return nil
-	}
+func (r *revoker) release(ctx context.Context, which func(policy.Connection) bool) error {
 	now := r.cfg.Clock.Now()
 	type client struct {
 		proto uint8
@@ -418,23 +459,23 @@ func (r *revoker) release(ctx context.Context, rules ruleset.Ruleset, which func
 		}
 	}
 	if len(asked) == 0 {
-		return r.uncut(ctx, list, rules)
+		return r.uncut(ctx, list)
 	}
 	asked = slices.DeleteFunc(asked, func(c policy.Connection) bool { return !released[client{c.Proto, c.Src}] })
-	err := r.uncut(ctx, append(asked, list...), rules)
+	err := r.uncut(ctx, append(asked, list...))
 	r.setNATEnd(r.lastBeforeNAT())
 	return err
 }
 
 // uncut removes connections from the sets, where some may have ended by themselves: then one by one.
-func (r *revoker) uncut(ctx context.Context, list []policy.Connection, rules ruleset.Ruleset) error {
+func (r *revoker) uncut(ctx context.Context, list []policy.Connection) error {
 	var errs []error
 	for chunk := range slices.Chunk(list, cutChunk) {
-		err := r.commit(ctx, ruleset.DelElements, chunk, rules)
+		err := r.commit(ctx, ruleset.DelElements, chunk)
 		if errors.Is(err, unix.ENOENT) {
 			err = nil
 			for _, c := range chunk {
-				if e := r.commit(ctx, ruleset.DelElements, []policy.Connection{c}, rules); e != nil && !errors.Is(e, unix.ENOENT) {
+				if e := r.commit(ctx, ruleset.DelElements, []policy.Connection{c}); e != nil && !errors.Is(e, unix.ENOENT) {
 					err = e
 				}
 			}
@@ -450,7 +491,7 @@ func (r *revoker) uncut(ctx context.Context, list []policy.Connection, rules rul
 	return errors.Join(errs...)
 }
 
-func (r *revoker) commit(ctx context.Context, kind ruleset.OpKind, connections []policy.Connection, rules ruleset.Ruleset) error {
+func (r *revoker) commit(ctx context.Context, kind ruleset.OpKind, connections []policy.Connection) error {
 	if len(connections) == 0 {
 		return nil
 	}
@@ -459,7 +500,7 @@ func (r *revoker) commit(ctx context.Context, kind ruleset.OpKind, connections [
 		set, elem := policy.Cut(c)
 		op := bySet[set.Name]
 		if op == nil {
-			op = &ruleset.Op{Kind: kind, Table: rules[0].ID, Set: set, Elements: map[ruleset.Elem]ruleset.Verdict{}}
+			op = &ruleset.Op{Kind: kind, Table: r.table, Set: set, Elements: map[ruleset.Elem]ruleset.Verdict{}}
 			bySet[set.Name] = op
 		}
 		op.Elements[elem] = ruleset.Verdict{}
@@ -474,13 +515,13 @@ func (r *revoker) commit(ctx context.Context, kind ruleset.OpKind, connections [
 // judge remembers verdicts: rules look at no source port of a connection that has begun, so that thousands of connections to
 // one port are one question.
 type judge struct {
-	rules ruleset.Ruleset
+	ask   func(policy.Connection) (bool, error)
 	known map[policy.Connection]bool
 	err   error
 }
 
-func newJudge(rules ruleset.Ruleset) *judge {
-	return &judge{rules: rules, known: map[policy.Connection]bool{}}
+func newJudge(ask func(policy.Connection) (bool, error)) *judge {
+	return &judge{ask: ask, known: map[policy.Connection]bool{}}
 }
 
 func (j *judge) allows(c policy.Connection) bool {
@@ -488,7 +529,7 @@ func (j *judge) allows(c policy.Connection) bool {
 	allowed, ok := j.known[c]
 	if !ok {
 		var err error
-		if allowed, err = policy.Allows(j.rules, c); err != nil {
+		if allowed, err = j.ask(c); err != nil {
 			j.err = errors.Join(j.err, err)
 			allowed = true // not known: not to be ended
 		}

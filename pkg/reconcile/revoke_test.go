@@ -60,16 +60,20 @@ func TestRevoke(t *testing.T) {
 	egress := &cluster.Policy{Namespace: "ns", Name: "egress", Spec: networkingv1.NetworkPolicySpec{
 		PodSelector: metav1.LabelSelector{MatchLabels: map[string]string{"app": "a"}}, PolicyTypes: []networkingv1.PolicyType{"Egress"},
 	}}
+	noFriend := pod("friend", "there", "10.0.0.2")
+	noFriend.Object.(*cluster.Pod).Labels = map[string]string{"app": "nobody"}
 	for _, tt := range []struct {
 		name   string
 		before []cluster.Change
 		change cluster.Change
+		later  bool // at the second look
 		want   []conntrack.Flow
 	}{
 		{name: "a policy that closes", change: denyAll("deny"), want: []conntrack.Flow{fromNode, elsewhere}},
 		{name: "a policy that lets one in", change: allowFrom("allow", "friend"), want: []conntrack.Flow{fromFriend, fromNode, outgoing, toNode, elsewhere}},
 		{name: "an egress policy", change: cluster.Change{Key: egress.Key(), Object: egress}, want: []conntrack.Flow{fromFriend, fromStranger, fromNode, elsewhere}},
-		{name: "a pod that is no friend any more", before: []cluster.Change{allowFrom("allow", "friend"), allowFrom("also", "stranger")}, change: pod("friend", "there", "10.9.9.9"), want: []conntrack.Flow{fromStranger, fromNode, outgoing, toNode, elsewhere}},
+		{name: "a pod that is no friend any more", before: []cluster.Change{allowFrom("allow", "friend"), allowFrom("also", "stranger")}, change: noFriend, want: []conntrack.Flow{fromStranger, fromNode, outgoing, toNode, elsewhere}},
+		{name: "a friend that has gone", before: []cluster.Change{allowFrom("allow", "friend"), allowFrom("also", "stranger")}, change: pod("friend", "there", "10.9.9.9"), later: true, want: []conntrack.Flow{fromStranger, fromNode, outgoing, toNode, elsewhere}},
 		{name: "a policy that goes", before: []cluster.Change{allowFrom("allow", "friend"), allowFrom("also", "stranger")}, change: cluster.Change{Key: allowFrom("also", "stranger").Key}, want: []conntrack.Flow{fromFriend, fromNode, outgoing, toNode, elsewhere}},
 		{name: "nothing that matters", before: []cluster.Change{allowFrom("allow", "friend"), allowFrom("also", "stranger")}, change: pod("other", "there", "10.9.9.9"), want: all},
 	} {
@@ -89,6 +93,13 @@ func TestRevoke(t *testing.T) {
 				w.flowsMu.Unlock()
 				w.Apply(tt.change)
 				synctest.Wait()
+				if tt.later {
+					if got := len(w.left()); got != len(all) {
+						t.Errorf("%d connections are left at once, want %d", got, len(all))
+					}
+					time.Sleep(lookAgain)
+					synctest.Wait()
+				}
 				if diff := cmp.Diff(tt.want, w.left(), cmp.Comparer(func(a, b conntrack.Flow) bool { return a == b })); diff != "" {
 					t.Errorf("connections left (-want +got):\n%s", diff)
 				}

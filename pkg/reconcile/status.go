@@ -5,8 +5,10 @@ import (
 	"context"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"github.com/podwall/podwall/pkg/attach"
+	"github.com/podwall/podwall/pkg/cluster"
 	"github.com/podwall/podwall/pkg/policy"
 	"github.com/podwall/podwall/pkg/ruleset"
 )
@@ -57,9 +59,21 @@ type NodeStatus struct {
 	Error         string   `json:"error,omitempty"` // of the last pass, when it failed
 }
 
-// publish makes the outcome of a pass visible.
-func (l *Loop) publish(in policy.Input, out policy.Output) {
-	v := view{ready: true, byKey: map[attach.Key]*PodStatus{}, ruleset: out.Ruleset, problems: out.Problems}
+// publish makes the outcome of a pass visible, if it is another one than that of the last.
+func (l *Loop) publish(w wanted) {
+	now, _ := l.current()
+	refused := w.whole != nil || len(l.refused.endpoints)+len(l.refused.left) > 0
+	i := &l.inputs
+	if now.ready && now.err == nil && !refused && !i.refusedShown && !i.stale && i.shown == i.version && i.engineShown == l.engine.Version() {
+		return
+	}
+	i.shown, i.engineShown, i.refusedShown = i.version, l.engine.Version(), refused
+	in, out := w.in, w.next
+	if w.whole == nil {
+		out = policy.Output{Endpoints: l.engine.Endpoints(), Problems: l.engine.Problems()}
+	}
+	out.Problems = l.problemsOf(in, out.Problems)
+	v := view{ready: true, byKey: map[attach.Key]*PodStatus{}, problems: out.Problems}
 	states := l.sortedStates()
 	counts := map[string]int{StateEnforced: 0, StateHidden: 0, StateQuarantined: 0, StateDetached: 0}
 	adopted := 0
@@ -84,16 +98,21 @@ func (l *Loop) publish(in policy.Input, out policy.Output) {
 				s.State, s.Reason = StateHidden, st.hidden.Error()
 			}
 			v.byKey[st.entry.Key] = s
-			counts[s.State]++
 		case e.Pod == nil:
 			s.Name, s.State, s.Reason = lostRegistration, StateDetached, "its registration is damaged or was removed; delete the pod"
-			counts[s.State]++
 		default:
 			s.Namespace, s.Name = e.Pod.Namespace, e.Pod.Name
+		}
+		if reason := l.refused.closedFor(e.ID); reason != "" && e.Name != lostRegistration && (s.Attachment == "" || s.State != StateDetached) {
+			s.State, s.Reason = StateQuarantined, reason
+			s.Namespace, s.Name, _ = strings.Cut(e.Name, "/")
+		}
+		if s.State == StateEnforced && s.Attachment == "" {
 			adopted++
+		} else {
+			counts[s.State]++
 		}
 	}
-	v.policies = l.policyStatus(v.pods, out.Problems)
 	for state, n := range counts {
 		l.cfg.Metrics.Attachments.WithLabelValues(state).Set(float64(n))
 	}
@@ -138,31 +157,6 @@ func (l *Loop) logProblems(list []policy.Problem) {
 	l.problems = now
 }
 
-func (l *Loop) policyStatus(pods []PodStatus, problems []policy.Problem) []PolicyStatus {
-	selected := map[string][]string{}
-	for _, p := range pods {
-		names := slices.Concat(p.Ingress, p.Egress)
-		slices.Sort(names)
-		for _, name := range slices.Compact(names) {
-			selected[name] = append(selected[name], p.Namespace+"/"+p.Name)
-		}
-	}
-	var list []PolicyStatus
-	for p := range l.model.Policies() {
-		s := PolicyStatus{Namespace: p.Namespace, Name: p.Name, Pods: selected[p.Namespace+"/"+p.Name]}
-		for _, pr := range problems {
-			if pr.Object == p.Key() {
-				s.Problems = append(s.Problems, pr.Reason)
-			}
-		}
-		list = append(list, s)
-	}
-	slices.SortFunc(list, func(a, b PolicyStatus) int {
-		return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name))
-	})
-	return list
-}
-
 // Pods returns the pods of this node.
 func (l *Loop) Pods() []PodStatus {
 	now, _ := l.current()
@@ -172,13 +166,41 @@ func (l *Loop) Pods() []PodStatus {
 // Policies returns all policies.
 func (l *Loop) Policies() []PolicyStatus {
 	now, _ := l.current()
-	return now.policies
+	if !now.ready {
+		return nil
+	}
+	selected := map[string][]string{}
+	for _, p := range now.pods {
+		names := slices.Concat(p.Ingress, p.Egress)
+		slices.Sort(names)
+		for _, name := range slices.Compact(names) {
+			selected[name] = append(selected[name], p.Namespace+"/"+p.Name)
+		}
+	}
+	problems := map[cluster.Key][]string{}
+	for _, p := range now.problems {
+		problems[p.Object] = append(problems[p.Object], p.Reason)
+	}
+	var list []PolicyStatus
+	l.shared.RLock()
+	for p := range l.model.Policies() {
+		list = append(list, PolicyStatus{Namespace: p.Namespace, Name: p.Name, Pods: selected[p.Namespace+"/"+p.Name], Problems: problems[p.Key()]})
+	}
+	l.shared.RUnlock()
+	slices.SortFunc(list, func(a, b PolicyStatus) int {
+		return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name))
+	})
+	return list
 }
 
-// Ruleset returns what was loaded last.
+// Ruleset returns a copy of what was loaded last.
 func (l *Loop) Ruleset() ruleset.Ruleset {
-	now, _ := l.current()
-	return now.ruleset
+	if now, _ := l.current(); !now.ready {
+		return nil
+	}
+	l.shared.RLock()
+	defer l.shared.RUnlock()
+	return l.inForce.Clone()
 }
 
 // KernelRuleset reads what is loaded now.
@@ -189,7 +211,12 @@ func (l *Loop) KernelRuleset(ctx context.Context) (ruleset.Ruleset, error) {
 // NodeStatus returns the node in short.
 func (l *Loop) NodeStatus() NodeStatus {
 	now, _ := l.current()
-	s := NodeStatus{Ready: now.ready, Node: l.cfg.NodeName, Policies: len(now.policies), Problems: []string{}}
+	s := NodeStatus{Ready: now.ready, Node: l.cfg.NodeName, Problems: []string{}}
+	if now.ready {
+		l.shared.RLock()
+		s.Policies = l.model.PolicyCount()
+		l.shared.RUnlock()
+	}
 	for _, p := range now.pods {
 		switch {
 		case p.State == StateEnforced && p.Attachment == "":
@@ -211,4 +238,18 @@ func (l *Loop) NodeStatus() NodeStatus {
 		s.Error = now.err.Error()
 	}
 	return s
+}
+
+// Snapshot returns what was rendered last. It is a copy, of names and not of objects, and costs that much: for operators' questions.
+func (l *Loop) Snapshot() policy.Input {
+	l.shared.RLock()
+	defer l.shared.RUnlock()
+	return policy.Input{Model: l.model.Clone(), Endpoints: slices.Clone(l.endpoints), Options: l.cfg.Policy}
+}
+
+// PodAt returns the pod whose object claims an address, or nil.
+func (l *Loop) PodAt(ip netip.Addr) *cluster.Pod {
+	l.shared.RLock()
+	defer l.shared.RUnlock()
+	return l.engine.PodAt(ip)
 }
