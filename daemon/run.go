@@ -45,6 +45,7 @@ func runDaemon(ctx context.Context, c *cli.Call) error {
 		return err
 	}
 	log := newLogger(&cfg, c)
+	limitMemory(os.DirFS("/"), os.Getenv, log)
 	src, faults, err := newSource(&cfg, log)
 	if err != nil {
 		return err
@@ -68,12 +69,20 @@ func runDaemon(ctx context.Context, c *cli.Call) error {
 	defer connections.Close()
 
 	m := metrics.New(func() float64 { return float64(len(faults())) })
+	options := cfg.options()
+	if options.Log, err = kernel.CanLog(policy.LogGroup); err != nil {
+		return err
+	}
+	if !options.Log {
+		log.Warn("this kernel cannot log packets for programs (modules nft_log, nfnetlink_log): podwalld denials shows nothing, policies are enforced all the same")
+	}
 	foreign := make(chan string, foreignBacklog)
 	loop := reconcile.New(reconcile.Config{
-		NodeName: cfg.nodeName, Standalone: cfg.manifests != "", Policy: cfg.options(),
+		NodeName: cfg.nodeName, Standalone: cfg.manifests != "", Policy: options,
 		Kernel: kernel, Links: registry.Links{}, Foreign: foreign, Connections: connections,
 		Log: log, Metrics: m, Clock: clock.RealClock{},
 	})
+	denials := newDenials(loop, m, log)
 	log.Info("starting", "version", versionText(), "node", cfg.nodeName, "table", cfg.table, "own", kernel.Owns())
 	if !kernel.Owns() {
 		log.Warn("this kernel cannot give podwall's tables an owner (Linux 6.9 can): what others do to them is undone, not prevented")
@@ -92,9 +101,14 @@ func runDaemon(ctx context.Context, c *cli.Call) error {
 	})
 	g.Go(func() error { return loop.Run(ctx, lead) })
 	g.Go(func() error { return src.Run(ctx, loop) })
+	g.Go(func() error {
+		tidyUp(ctx, loop)
+		return nil
+	})
 	g.Go(func() error { return watchLinks(ctx, loop, log) })
 	g.Go(func() error { return watchKernel(ctx, kernel, foreign, log) })
-	g.Go(func() error { return serveSocket(ctx, handOver, &cfg, loop, owner, faults, log) })
+	g.Go(func() error { return serveSocket(ctx, handOver, &cfg, loop, denials, owner, faults, log) })
+	g.Go(func() error { return denials.watch(ctx) })
 	g.Go(func() error { return watchStandDown(ctx, &cfg, loop, log) })
 	if cfg.cniConfDir != "" {
 		g.Go(func() error { return keepEntry(ctx, &cfg, log) })
@@ -128,7 +142,7 @@ func newLogger(cfg *config, c *cli.Call) *slog.Logger {
 // newSource returns where objects come from, and what is wrong with it right now: files that cannot be read as they are.
 func newSource(cfg *config, log *slog.Logger) (source, func() []string, error) {
 	if cfg.manifests == "" {
-		client, err := cluster.RESTClient(cfg.kubeconfig)
+		client, err := cluster.NewRESTClient(cfg.kubeconfig)
 		if err != nil {
 			return nil, nil, err
 		}
@@ -257,7 +271,7 @@ func keepEntry(ctx context.Context, cfg *config, log *slog.Logger) error {
 
 // serveSocket answers the plugin from the moment on that the kernel holds a complete ruleset: before that an ADD finds no
 // socket, is told to try again, and leaves nothing behind.
-func serveSocket(ctx, handOver context.Context, cfg *config, loop *reconcile.Loop, owner syscall.RawConn, faults func() []string, log *slog.Logger) error {
+func serveSocket(ctx, handOver context.Context, cfg *config, loop *reconcile.Loop, denials *denials, owner syscall.RawConn, faults func() []string, log *slog.Logger) error {
 	if err := loop.WaitReady(ctx); err != nil {
 		return nil //nolint:nilerr // the daemon was stopped before it was ready
 	}
@@ -266,7 +280,9 @@ func serveSocket(ctx, handOver context.Context, cfg *config, loop *reconcile.Loo
 		return err
 	}
 	log.Info("ready", "socket", cfg.socket)
-	handler := agentapi.NewHandler(agent{loop}, views(loop, faults), log)
+	operator := withQuestions(cfg, loop, views(loop, faults))
+	operator["denials"] = denials.view
+	handler := agentapi.Streams(ctx, agentapi.NewHandler(agent{loop}, operator, log), map[string]agentapi.Stream{"denials": denials.follow})
 	return agentapi.Serve(ctx, ln, agentapi.HandOver(handOver, handler, owner), log)
 }
 
