@@ -21,7 +21,7 @@ var mayImport = map[string][]string{
 	"install": {"cni-conf", "pkg/cli", "pkg/conflist", "pkg/nft", "pkg/ruleset"},
 	"daemon": {
 		"cni-conf", "pkg/agentapi", "pkg/attach", "pkg/cli", "pkg/cluster", "pkg/conflist", "pkg/conntrack", "pkg/metrics", "pkg/nft",
-		"pkg/policy", "pkg/reconcile", "pkg/registry", "pkg/ruleset",
+		"pkg/explain", "pkg/policy", "pkg/reconcile", "pkg/registry", "pkg/ruleset", "pkg/verdictlog",
 	},
 	"install/image":      {},
 	"install/kubernetes": {},
@@ -38,7 +38,9 @@ var mayImport = map[string][]string{
 	"pkg/nft":            {"pkg/ruleset"},
 	"pkg/conntrack":      {},
 	"pkg/conflist":       {},
+	"pkg/verdictlog":     {},
 	"pkg/metrics":        {},
+	"pkg/explain":        {"pkg/cluster", "pkg/policy", "pkg/ruleset"},
 	"pkg/reconcile":      {"pkg/attach", "pkg/cluster", "pkg/conntrack", "pkg/metrics", "pkg/nft", "pkg/policy", "pkg/registry", "pkg/ruleset"},
 }
 

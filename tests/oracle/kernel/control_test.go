@@ -14,6 +14,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"pgregory.net/rapid"
 
+	"github.com/podwall/podwall/pkg/policy"
 	"github.com/podwall/podwall/pkg/ruleset"
 	"github.com/podwall/podwall/tests/oracle"
 	"github.com/podwall/podwall/tests/oracle/generate"
@@ -95,10 +96,10 @@ func without(rs ruleset.Ruleset, id ruleset.TableID, chain *ruleset.Chain) rules
 // A table that is deleted and loaded anew is open in between.
 func TestControlReload(t *testing.T) {
 	n := newNode(t)
-	s := &stream{commit: func(ctx context.Context, rs ruleset.Ruleset) error {
+	s := &stream{commit: rendered(func(ctx context.Context, rs ruleset.Ruleset) error {
 		err := n.diff(ctx, nil)
 		return errors.Join(err, n.diff(ctx, rs))
-	}}
+	})}
 	n.violate(t, s)
 	fmt.Println("control, reload\n" + s.String())
 	if s.leaked == 0 {
@@ -113,10 +114,10 @@ func TestControlClosedMeanwhile(t *testing.T) {
 	table.Chains["closed"] = &ruleset.Chain{Name: "closed", Hook: &ruleset.Hook{Name: "forward"}, Rules: []ruleset.Rule{
 		ruleset.NewRule(ruleset.Equal(ruleset.L4Proto, ruleset.ProtoSCTP), ruleset.Verdict{Kind: ruleset.Drop}),
 	}}
-	s := &stream{commit: func(ctx context.Context, rs ruleset.Ruleset) error {
+	s := &stream{commit: rendered(func(ctx context.Context, rs ruleset.Ruleset) error {
 		err := n.diff(ctx, append(slices.Clone(n.loaded), table))
 		return errors.Join(err, n.diff(ctx, rs))
-	}}
+	})}
 	n.violate(t, s)
 	fmt.Println("control, SCTP dropped meanwhile\n" + s.String())
 	if s.lost == 0 || s.leaked > 0 {
@@ -130,14 +131,14 @@ func TestControlClosedMeanwhile(t *testing.T) {
 func TestControlIntervalsWithTheirRules(t *testing.T) {
 	for _, together := range []bool{false, true} {
 		n := newNode(t)
-		s := &stream{commit: n.diff}
+		s := &stream{commit: rendered(n.diff)}
 		if together {
-			s.commit = func(ctx context.Context, rs ruleset.Ruleset) error {
+			s.commit = rendered(func(ctx context.Context, rs ruleset.Ruleset) error {
 				d := ruleset.Diff(n.loaded, rs)
 				d.Apply, d.Prepare = slices.Concat(d.Prepare, d.Apply), nil
 				n.loaded = rs
 				return n.kernel.Commit(ctx, d)
-			}
+			})
 		}
 		c := manyBlocks(0)
 		conns := generate.Conns(c)
@@ -150,7 +151,8 @@ func TestControlIntervalsWithTheirRules(t *testing.T) {
 			t.Fatal("there is no interval set in the ruleset")
 		}
 		for i := 0; i < most && s.lost == 0; i++ {
-			_ = n.during(t, s, conns, allowed, []ruleset.Ruleset{subject.Render(manyBlocks(i + 1)).Ruleset}) // counted
+			next := manyBlocks(i + 1)
+			_ = n.during(t, s, conns, allowed, []policy.Input{subject.Input(next, subject.Model(next))}) // counted
 		}
 		fmt.Printf("control, intervals in one transaction with their rules: %v\n%s\n", together, s)
 		if lost := s.lost > 0; lost != together || s.leaked > 0 {

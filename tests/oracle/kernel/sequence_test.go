@@ -11,9 +11,11 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"pgregory.net/rapid"
 
+	"github.com/podwall/podwall/pkg/cluster"
 	"github.com/podwall/podwall/pkg/policy"
 	"github.com/podwall/podwall/pkg/ruleset"
 	"github.com/podwall/podwall/tests/oracle"
@@ -31,7 +33,7 @@ const stepsOfCluster = 50
 func TestUpdateSequences(t *testing.T) {
 	n := newNode(t)
 	r := newReport(seed())
-	s := &stream{commit: n.diff}
+	s := &stream{}
 	logged := false
 	defer func() {
 		r.log(t, n, "after each change")
@@ -41,7 +43,11 @@ func TestUpdateSequences(t *testing.T) {
 	for i := uint64(0); s.steps < *stepsFlag; i++ {
 		check(t, r.seed+i, func(rt *rapid.T) {
 			c := generate.Cluster(rt)
-			n.load(rt, subject.Render(c).Ruleset)
+			s.engine = subject.Engine(c)
+			s.engine.SetEndpoints(subject.Input(c, s.engine.Model()).Endpoints)
+			n.load(rt, s.engine.Desired())
+			s.engine.Commit()
+			s.commit = func(ctx context.Context, in policy.Input) error { return n.follow(ctx, s.engine, in) }
 			for range min(stepsOfCluster, *stepsFlag-s.steps) {
 				next, said := generate.Change(rt, c)
 				if wrong := n.step(rt, s, c, next); wrong != "" {
@@ -60,6 +66,25 @@ func TestUpdateSequences(t *testing.T) {
 			}
 		})
 	}
+}
+
+// follow commits the difference that an engine makes of what has changed.
+func (n *testNode) follow(ctx context.Context, e *policy.Engine, in policy.Input) error {
+	begin := time.Now()
+	e.SetEndpoints(in.Endpoints)
+	if err := n.kernel.Commit(ctx, e.Delta()); err != nil {
+		return err
+	}
+	e.Commit()
+	n.took += time.Since(begin)
+	n.commits++
+	n.loaded = e.Ruleset()
+	return nil
+}
+
+// rendered is a commit of rulesets that are rendered from scratch.
+func rendered(commit func(context.Context, ruleset.Ruleset) error) func(context.Context, policy.Input) error {
+	return func(ctx context.Context, in policy.Input) error { return commit(ctx, policy.Render(in).Ruleset) }
 }
 
 // sample takes every third connection, others at each step.
@@ -89,7 +114,8 @@ func (n *testNode) mustHold(t fataler, fresh ruleset.Ruleset) {
 
 // stream is what is sent during changes, and what became of it.
 type stream struct {
-	commit func(context.Context, ruleset.Ruleset) error
+	commit func(context.Context, policy.Input) error
+	engine *policy.Engine // is told of each change, if there is one
 
 	steps           int
 	sent            atomic.Int64
@@ -107,7 +133,12 @@ func (s *stream) String() string {
 // step commits the change from one cluster to the next while probes are sent. It returns what went wrong, in words, or nothing.
 func (n *testNode) step(t fataler, s *stream, from, to *oracle.Cluster) string {
 	t.Helper()
-	states, closing := transition(from, to)
+	model := subject.Model(to)
+	if s.engine != nil {
+		subject.Change(s.engine, from, to, func(cluster.Kind) bool { return false })
+		model = s.engine.Model()
+	}
+	states, closing := transition(from, to, model)
 	conns := steady(from, to, closing)
 	if len(conns) == 0 {
 		conns = []oracle.Conn{{Src: sentinelFrom, Dst: sentinelTo, Protocol: oracle.TCP, Port: 9}} // nobody's business
@@ -127,7 +158,7 @@ func (n *testNode) step(t fataler, s *stream, from, to *oracle.Cluster) string {
 
 // during commits the states one after the other while probes are sent, from before the first transaction until after the last
 // one, and returns those that had another fate than they should.
-func (n *testNode) during(t fataler, s *stream, conns []oracle.Conn, allowed []bool, states []ruleset.Ruleset) []string {
+func (n *testNode) during(t fataler, s *stream, conns []oracle.Conn, allowed []bool, states []policy.Input) []string {
 	t.Helper()
 	s.steps++
 	var wrong []string
@@ -156,8 +187,8 @@ func (n *testNode) during(t fataler, s *stream, conns []oracle.Conn, allowed []b
 	select {
 	case <-started:
 		before := s.sent.Load()
-		for _, rs := range states {
-			err = errors.Join(err, s.commit(t.Context(), rs))
+		for _, in := range states {
+			err = errors.Join(err, s.commit(t.Context(), in))
 		}
 		s.during += s.sent.Load() - before
 		close(done)
@@ -173,29 +204,30 @@ func (n *testNode) during(t fataler, s *stream, conns []oracle.Conn, allowed []b
 	return wrong
 }
 
-// transition returns the rulesets that the daemon loads one after the other: an endpoint that is new is closed before it is
-// opened (its former connections are forgotten in between). The addresses are those of such endpoints.
-func transition(from, to *oracle.Cluster) ([]ruleset.Ruleset, map[netip.Addr]bool) {
+// transition returns what the daemon loads one after the other: an endpoint that is new is closed before it is opened (its former
+// connections are forgotten in between). The addresses are those of such endpoints.
+func transition(from, to *oracle.Cluster, model *cluster.Model) ([]policy.Input, map[netip.Addr]bool) {
 	known := map[string]bool{}
 	for _, e := range subject.Input(from, subject.Model(from)).Endpoints {
 		known[e.ID] = true
 	}
-	in := subject.Input(to, subject.Model(to))
-	open := policy.Render(in).Ruleset
+	open := subject.Input(to, model)
+	closed := open
+	closed.Endpoints = slices.Clone(open.Endpoints)
 	closing := map[netip.Addr]bool{}
-	for i, e := range in.Endpoints {
+	for i, e := range closed.Endpoints {
 		if e.Link == "" || known[e.ID] {
 			continue // adopted pods have no ADD
 		}
-		in.Endpoints[i].Pod = nil
+		closed.Endpoints[i].Pod = nil
 		for _, ip := range e.IPs {
 			closing[ip] = true
 		}
 	}
 	if len(closing) == 0 {
-		return []ruleset.Ruleset{open}, nil
+		return []policy.Input{open}, nil
 	}
-	return []ruleset.Ruleset{policy.Render(in).Ruleset, open}, closing
+	return []policy.Input{closed, open}, closing
 }
 
 // steady returns the connections that have the same fate before and after. An endpoint that is being closed may lose what it

@@ -69,30 +69,31 @@ func TestSequences(t *testing.T) {
 func TestSequenceDefects(t *testing.T) {
 	for _, defect := range []struct {
 		name   string
-		commit func(from, to ruleset.Ruleset) []ruleset.Delta
+		commit func(e *policy.Engine) []ruleset.Delta
 	}{
-		{"delete, then add", func(from, to ruleset.Ruleset) []ruleset.Delta {
+		{"delete, then add", func(e *policy.Engine) []ruleset.Delta {
+			from, to := e.Ruleset(), e.Desired()
 			return append(inOrder(ruleset.Diff(from, nil)), inOrder(ruleset.Diff(nil, to))...)
 		}},
-		{"each operation on its own", func(from, to ruleset.Ruleset) []ruleset.Delta {
+		{"each operation on its own", func(e *policy.Engine) []ruleset.Delta {
 			var list []ruleset.Delta
-			for _, op := range operations(ruleset.Diff(from, to)) {
+			for _, op := range operations(e.Delta()) {
 				list = append(list, ruleset.Delta{Apply: []ruleset.Op{op}})
 			}
 			return list
 		}},
-		{"cleanup first", func(from, to ruleset.Ruleset) []ruleset.Delta {
-			list := inOrder(ruleset.Diff(from, to))
+		{"cleanup first", func(e *policy.Engine) []ruleset.Delta {
+			list := inOrder(e.Delta())
 			slices.Reverse(list)
 			return list
 		}},
-		{"elements are never removed", func(from, to ruleset.Ruleset) []ruleset.Delta {
-			d := ruleset.Diff(from, to)
+		{"elements are never removed", func(e *policy.Engine) []ruleset.Delta {
+			d := e.Delta()
 			d.Apply = slices.DeleteFunc(d.Apply, func(op ruleset.Op) bool { return op.Kind == ruleset.DelElements })
 			return inOrder(d)
 		}},
-		{"no cleanup", func(from, to ruleset.Ruleset) []ruleset.Delta {
-			d := ruleset.Diff(from, to)
+		{"no cleanup", func(e *policy.Engine) []ruleset.Delta {
+			d := e.Delta()
 			d.Cleanup = nil
 			return inOrder(d)
 		}},
@@ -133,28 +134,26 @@ func follow(t *testing.T, spoil func(*node)) {
 	t.Errorf("%d sequences have not shown the defect", mostExamples)
 }
 
-// node is what the daemon and the kernel of a node have.
+// node is what the daemon and the kernel of a node have. The daemon knows of changes only, and makes its differences from them.
 type node struct {
 	cluster *oracle.Cluster
-	model   *cluster.Model
+	engine  *policy.Engine
 	kernel  *nft.Fake
-	loaded  ruleset.Ruleset
 	tally   tally
 
-	commit func(from, to ruleset.Ruleset) []ruleset.Delta
+	commit func(*policy.Engine) []ruleset.Delta
 	deaf   cluster.Kind // changes of this kind are not heard of; for controls
 }
 
 type tally struct{ changes, transactions, verdicts int }
 
 func start(c *oracle.Cluster) (*node, error) {
-	n := &node{cluster: c, model: subject.Model(c), kernel: nft.NewFake(), commit: func(from, to ruleset.Ruleset) []ruleset.Delta {
-		return inOrder(ruleset.Diff(from, to))
-	}}
-	n.loaded = policy.Render(subject.Input(c, n.model)).Ruleset
-	if err := n.kernel.Commit(context.Background(), ruleset.Diff(nil, n.loaded)); err != nil {
+	n := &node{cluster: c, engine: subject.Engine(c), kernel: nft.NewFake(), commit: func(e *policy.Engine) []ruleset.Delta { return inOrder(e.Delta()) }}
+	n.engine.SetEndpoints(subject.Input(c, n.engine.Model()).Endpoints)
+	if err := n.kernel.Commit(context.Background(), n.engine.Delta()); err != nil {
 		return nil, fmt.Errorf("load the first ruleset: %w", err)
 	}
+	n.engine.Commit()
 	return n, nil
 }
 
@@ -183,8 +182,8 @@ func (n *node) change(next *oracle.Cluster, sample int) error {
 		w.before = append(w.before, n.cluster.Allowed(conn))
 		w.after = append(w.after, next.Allowed(conn))
 	}
-	n.tell(next)
-	in := subject.Input(next, n.model)
+	subject.Change(n.engine, n.cluster, next, func(k cluster.Kind) bool { return k == n.deaf })
+	in := subject.Input(next, n.engine.Model())
 	if added := sandboxesAdded(n.cluster, next); len(added) > 0 {
 		for _, s := range added {
 			w.fresh = append(w.fresh, s.IPs...)
@@ -209,29 +208,6 @@ func (n *node) change(next *oracle.Cluster, sample int) error {
 	}
 	n.cluster = next
 	return n.settled(&w)
-}
-
-// tell applies the objects that are new, changed or gone, and no others.
-func (n *node) tell(next *oracle.Cluster) {
-	tell(n, n.cluster.Namespaces, next.Namespaces, cluster.NamespaceFrom)
-	tell(n, n.cluster.Pods, next.Pods, cluster.PodFrom)
-	tell(n, n.cluster.Policies, next.Policies, cluster.PolicyFrom)
-}
-
-func tell[T any, O cluster.Object](n *node, old, next []*T, from func(*T) O) {
-	keys := map[cluster.Key]bool{}
-	for _, o := range next {
-		object := from(o)
-		keys[object.Key()] = true
-		if !slices.Contains(old, o) && object.Key().Kind != n.deaf {
-			n.model.Apply(cluster.Change{Key: object.Key(), Object: object})
-		}
-	}
-	for _, o := range old {
-		if key := from(o).Key(); !keys[key] && key.Kind != n.deaf {
-			n.model.Apply(cluster.Change{Key: key})
-		}
-	}
 }
 
 func sandboxesAdded(old, next *oracle.Cluster) []oracle.Sandbox {
@@ -285,8 +261,8 @@ func (w *watch) isFresh(ip netip.Addr) bool { return slices.Contains(w.fresh, ip
 // load commits the ruleset for an input transaction by transaction and looks after each.
 func (w *watch) load(in policy.Input) error {
 	n := w.node
-	to := policy.Render(in).Ruleset
-	for _, d := range n.commit(n.loaded, to) {
+	n.engine.SetEndpoints(in.Endpoints)
+	for _, d := range n.commit(n.engine) {
 		n.tally.transactions++
 		if err := n.kernel.Commit(context.Background(), d); err != nil {
 			return err
@@ -295,7 +271,7 @@ func (w *watch) load(in policy.Input) error {
 			return fmt.Errorf("after %s: %w", operations(d)[0].Name(), err)
 		}
 	}
-	n.loaded = to
+	n.engine.Commit()
 	return nil
 }
 

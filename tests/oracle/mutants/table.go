@@ -14,6 +14,9 @@ type edit struct{ old, new string }
 const (
 	compileGo = "pkg/policy/compile.go"
 	peersGo   = "pkg/policy/peers.go"
+	engineGo  = "pkg/policy/engine.go"
+	indexGo   = "pkg/policy/index.go"
+	liveGo    = "pkg/policy/live.go"
 	renderGo  = "pkg/policy/render.go"
 	baseGo    = "pkg/policy/base.go"
 	linkGo    = "pkg/policy/link.go"
@@ -139,23 +142,23 @@ var mutants = []mutant{
 	},
 	{
 		"host-network-peer", "a hostNetwork pod is a peer under the node's address", peersGo,
-		[]edit{{"if pod.HostNetwork || pod.Terminal {", "if pod.Terminal {"}},
+		[]edit{{"return !pod.HostNetwork && !pod.Terminal", "return !pod.Terminal"}},
 	},
 	{
 		"terminal-peer", "a completed pod stays a peer", peersGo,
-		[]edit{{"if pod.HostNetwork || pod.Terminal {", "if pod.HostNetwork {"}},
+		[]edit{{"return !pod.HostNetwork && !pod.Terminal", "return !pod.HostNetwork"}},
 	},
 	{
 		"older-claim-wins", "of two pods that claim an address the older is the peer", peersGo,
-		[]edit{{"strings.Compare(nameOf(pod), nameOf(other.pod))) > 0 {", "strings.Compare(nameOf(pod), nameOf(other.pod))) < 0 {"}},
+		[]edit{{"return cmp.Or(a.Created.Compare(b.Created), strings.Compare(nameOf(b), nameOf(a)))", "return -cmp.Or(a.Created.Compare(b.Created), strings.Compare(nameOf(b), nameOf(a)))"}},
 	},
 	{
-		"remote-claim-wins", "another pod's object takes the address of a pod that is attached here", peersGo,
-		[]edit{{"if taken && other.local {", "if taken && other.local && (other.pod == nil || other.pod == pod) {"}},
+		"remote-claim-wins", "another pod's object takes the address of a pod that is attached here", engineGo,
+		[]edit{{"if list := e.local[ip]; list != nil {", "if list := e.local[ip]; list != nil && (e.claimed[ip] == nil || list[len(list)-1].Pod == nil) {"}},
 	},
 	{
 		"peer-one-address", "of a dual stack pod one address is a peer", peersGo,
-		[]edit{{"for _, ip := range peer.ips {\n\t\t\t\tadd(ip, ruleset.AddrElem(ip))", "for _, ip := range peer.ips[:1] {\n\t\t\t\tadd(ip, ruleset.AddrElem(ip))"}},
+		[]edit{{"for _, ip := range ips {\n\t\ti := 1", "for _, ip := range ips[:min(1, len(ips))] {\n\t\ti := 1"}},
 	},
 
 	// ipBlock.
@@ -288,10 +291,7 @@ var mutants = []mutant{
 	},
 	{
 		"named-port-union-egress", "a named port of an egress rule is, on each pod, every number that any pod gives the name", peersGo,
-		[]edit{{
-			"for _, number := range resolve(peer.pod, port) {",
-			"var numbers []uint16\n\t\t\tfor _, other := range r.peers {\n\t\t\t\tnumbers = append(numbers, resolve(other.pod, port)...)\n\t\t\t}\n\t\t\tfor _, number := range numbers {",
-		}},
+		[]edit{{"numbers = resolve(pod, *s.port)", "everyNumber = append(everyNumber, resolve(pod, *s.port)...)\n\t\tnumbers = everyNumber"}, {"// peerSets returns the names", "var everyNumber []uint16\n\n// peerSets returns the names"}},
 	},
 	{
 		"named-port-any-address", "a named port of an egress rule opens its numbers for any address that the peers match", renderGo,
@@ -351,8 +351,8 @@ var mutants = []mutant{
 		[]edit{{"if ingress {\n\t\tr.isolateLink(e)\n\t}\n", ""}},
 	},
 	{
-		"closed-address-as-peer", "the address of a pod that is not known is a peer of whoever claims it", peersGo,
-		[]edit{{"owner[ip] = claim{pod: e.Pod, local: true}", "if e.Pod != nil {\n\t\t\t\towner[ip] = claim{pod: e.Pod, local: true}\n\t\t\t}"}},
+		"closed-address-as-peer", "the address of a pod that is not known is a peer of whoever claims it", engineGo,
+		[]edit{{"return list[len(list)-1].Pod\n", "if p := list[len(list)-1].Pod; p != nil {\n\t\t\treturn p\n\t\t}\n"}},
 	},
 
 	// Directions, the node, the pod itself.
@@ -385,11 +385,11 @@ var mutants = []mutant{
 	},
 	{
 		"pod-chain-open-end", "what no policy accepts is accepted", renderGo,
-		[]edit{{"c.Rules = append(c.Rules, r.deny()...)\n", ""}},
+		[]edit{{"c.Rules = append(c.Rules, r.deny(logPrefix(prefix, e.ID))...)\n", ""}},
 	},
 	{
 		"jump-as-goto", "the chain of a policy does not come back to that of the next", renderGo,
-		[]edit{{"ruleset.NewRule(ruleset.To(ruleset.Jump, name))", "ruleset.NewRule(ruleset.To(ruleset.Goto, name))"}},
+		[]edit{{"ruleset.NewRule(ruleset.To(ruleset.Jump, chain))", "ruleset.NewRule(ruleset.To(ruleset.Goto, chain))"}},
 	},
 	{
 		"forged-source", "a pod sends from addresses that are not its own", linkGo,
@@ -444,5 +444,71 @@ var mutants = []mutant{
 	{
 		"rule-text-without-end", "rules that differ in the end of a range are taken for equal", exprGo,
 		[]edit{{`valueText(r.Field, r.From) + "-" + valueText(r.Field, r.To)`, `valueText(r.Field, r.From)`}},
+	},
+
+	// The engine, which changes a ruleset event by event.
+	{
+		"index-first-value", "of the values that a selector lists a pod is found by the first", indexGo,
+		[]edit{{"for _, v := range values {\n\t\t\tb.values", "for _, v := range values[:1] {\n\t\t\tb.values"}},
+	},
+	{
+		"index-not-in", "a selector that asks what a pod is not is filed under what it is not", indexGo,
+		[]edit{{"case selection.Equals, selection.DoubleEquals, selection.In:", "case selection.Equals, selection.DoubleEquals, selection.In, selection.NotIn:"}},
+	},
+	{
+		"index-not-there", "a selector that asks for the absence of a label is filed under that label", indexGo,
+		[]edit{{"case selection.Exists, selection.GreaterThan", "case selection.Exists, selection.DoesNotExist, selection.GreaterThan"}},
+	},
+	{
+		"index-no-labels", "a pod without labels is found by no selector", indexGo,
+		[]edit{{"for _, s := range b.rest {\n\t\tf(s)\n\t}\n\tif len(b.values)", "if len(have) > 0 {\n\t\tfor _, s := range b.rest {\n\t\t\tf(s)\n\t\t}\n\t}\n\tif len(b.values)"}},
+	},
+	{
+		"index-own-namespace-only", "an event of a pod is not looked up among the selectors of namespaces", indexGo,
+		[]edit{{"x.pods.each(pod, either)\n", ""}},
+	},
+	{
+		"event-namespace", "a namespace that is relabelled keeps its place in peer sets", engineGo,
+		[]edit{{"if was != is {", "if was != is && is {"}},
+	},
+	{
+		"event-relabelled-peer", "a pod that loses a label stays a peer", engineGo,
+		[]edit{{"for _, s := range selecting(old) {", "for _, s := range selecting(nil) {"}},
+	},
+	{
+		"event-next-owner", "an address that goes over to another pod takes nothing along, and its new owner has nothing", engineGo,
+		[]edit{{"for _, s := range selecting(now) {", "for _, s := range selecting(map[bool]*cluster.Pod{true: now}[old == nil]) {"}},
+	},
+	{
+		"event-endpoint-address", "an endpoint's addresses are not looked at when it changes", engineGo,
+		[]edit{{"for _, ip := range ep.IPs {\n\t\te.touch(ip)\n\t\te.local[ip] = append(e.local[ip], ep)", "for _, ip := range ep.IPs {\n\t\te.local[ip] = append(e.local[ip], ep)"}},
+	},
+	{
+		"event-policy-new-subject", "a policy that changes reaches the pods that it selected before", engineGo,
+		[]edit{{"if (was || is) && (was != is || !e.swap(ep, old, now)) {", "if was && (was != is || !e.swap(ep, old, now)) {"}},
+	},
+	{
+		"event-policy-old-subject", "a policy that changes reaches the pods that it selects now", engineGo,
+		[]edit{{"if (was || is) && (was != is || !e.swap(ep, old, now)) {", "if is && (was != is || !e.swap(ep, old, now)) {"}},
+	},
+	{
+		"event-policy-directions", "a policy that changes its directions keeps the chains of its pods as they are", engineGo,
+		[]edit{{"if (old.ingress == nil) != (now.ingress == nil) || (old.egress == nil) != (now.egress == nil) {\n\t\treturn false\n\t}\n", "if false {\n\t\treturn false\n\t}\n\tif now.ingress == nil || now.egress == nil {\n\t\treturn true\n\t}\n"}},
+	},
+	{
+		"shared-set-given-up", "a set goes with the first chain that needs it no more", engineGo,
+		[]edit{{"if delete(s.users, f); len(s.users) > 0 {\n\t\t\tcontinue\n\t\t}\n\t\ts.gone = true", "delete(s.users, f)\n\t\ts.gone = true"}},
+	},
+	{
+		"failed-commit-forgotten", "what a failed commit should have removed stays", liveGo,
+		[]edit{{"delete(s.add, e)\n\t\tdelete(s.del, e)\n\t\treturn", "delete(s.del, e)\n\t\treturn"}},
+	},
+	{
+		"tightened-by-sets", "a peer that goes tightens nobody", engineGo,
+		[]edit{{"concerns(&now, s.users, \"\")", "concerns(&now, nil, \"\")"}},
+	},
+	{
+		"tightened-late", "the connections of a peer that is no friend any more are looked at late", engineGo,
+		[]edit{{"if !ok || e.local[ip] != nil || e.claimed[ip] != nil {", "if !ok {"}},
 	},
 }

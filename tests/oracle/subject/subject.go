@@ -21,7 +21,19 @@ import (
 // Model returns what podwall's source would know of the cluster.
 func Model(c *oracle.Cluster) *cluster.Model {
 	m := cluster.NewModel()
-	put := func(o cluster.Object) { m.Apply(cluster.Change{Key: o.Key(), Object: o}) }
+	objects(c, func(o cluster.Change) { m.Apply(o) })
+	return m
+}
+
+// Engine returns what the daemon keeps, with the objects of a cluster and without endpoints.
+func Engine(c *oracle.Cluster) *policy.Engine {
+	e := policy.NewEngine(options(c))
+	objects(c, func(o cluster.Change) { e.Apply(o) })
+	return e
+}
+
+func objects(c *oracle.Cluster, apply func(cluster.Change)) {
+	put := func(o cluster.Object) { apply(cluster.Change{Key: o.Key(), Object: o}) }
 	for _, n := range c.Namespaces {
 		put(cluster.NamespaceFrom(n))
 	}
@@ -31,13 +43,40 @@ func Model(c *oracle.Cluster) *cluster.Model {
 	for _, p := range c.Policies {
 		put(cluster.PolicyFrom(p))
 	}
-	return m
+}
+
+func options(c *oracle.Cluster) policy.Options {
+	return policy.Options{Table: "podwall", AllowOwnNode: c.AllowOwnNode, Cut: true, Log: true}
+}
+
+// Change tells an engine the objects that are new, changed or gone from one cluster to the next, and no others. What deaf returns
+// true for it is not told.
+func Change(e *policy.Engine, from, to *oracle.Cluster, deaf func(cluster.Kind) bool) {
+	change(e, deaf, from.Namespaces, to.Namespaces, cluster.NamespaceFrom)
+	change(e, deaf, from.Pods, to.Pods, cluster.PodFrom)
+	change(e, deaf, from.Policies, to.Policies, cluster.PolicyFrom)
+}
+
+func change[T any, O cluster.Object](e *policy.Engine, deaf func(cluster.Kind) bool, old, next []*T, read func(*T) O) {
+	keys := map[cluster.Key]bool{}
+	for _, o := range next {
+		object := read(o)
+		keys[object.Key()] = true
+		if !slices.Contains(old, o) && !deaf(object.Key().Kind) {
+			e.Apply(cluster.Change{Key: object.Key(), Object: object})
+		}
+	}
+	for _, o := range old {
+		if key := read(o).Key(); !keys[key] && !deaf(key.Kind) {
+			e.Apply(cluster.Change{Key: key})
+		}
+	}
 }
 
 // Input adds the endpoints to a model: one per sandbox, at the place that its addresses belong to, and one per pod that was
 // there before podwall (adopted by the addresses that the API reports).
 func Input(c *oracle.Cluster, m *cluster.Model) policy.Input {
-	in := policy.Input{Model: m, Options: policy.Options{Table: "podwall", AllowOwnNode: c.AllowOwnNode, Cut: true}}
+	in := policy.Input{Model: m, Options: options(c)}
 	taken := map[netip.Addr]bool{}
 	attached := map[string]bool{}
 	for _, s := range slices.Backward(c.Sandboxes) {
