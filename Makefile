@@ -80,6 +80,18 @@ fuzz: root deps ## millions of random verdicts, in memory and in the kernel, aga
 	go -C tests/oracle test -count=1 -timeout 60m -v -run TestEngines ./engines -engine-verdicts $(ENGINE_VERDICTS)
 	hack/fuzz.sh $(FUZZTIME)
 
+# A benchmark's directory in tests/bench and its file in OUT have the same name.
+BENCHMARKS := dataplane control attach scale
+OUT ?= $(CURDIR)/docs/performance
+PAGE = $(if $(filter $(CURDIR)/docs/performance,$(OUT)),$(CURDIR)/docs/performance.md,$(OUT)/performance.md)
+.PHONY: bench
+bench: root deps build tools ## measure packets, changes, ADD and memory and write docs/performance.md; QUICK=-quick OUT=dir: a short one (as root)
+	@for name in $(BENCHMARKS); do \
+	  echo "bench: $$name" >&2; \
+	  PODWALL_E2E_BIN=$(CURDIR)/bin go -C tests/bench run ./$$name -o "$(abspath $(OUT))" $(QUICK); \
+	done
+	go -C tests/bench run ./report -in "$(abspath $(OUT))" -out "$(abspath $(PAGE))" -plots "$(abspath $(OUT))"
+
 .PHONY: faults
 faults: root deps build tools ## endurance: daemons killed under traffic, policy flips, churn of pods, revocation (as root, takes an hour)
 	PODWALL_E2E_BIN=$(CURDIR)/bin go test -v -count=1 -timeout 2h ./tests/faults -args -kills 500 -flips 1000 -attachments 10000 -revocations 200 -revoked-flows 100000 -unrelated-flows 100000
@@ -92,6 +104,7 @@ mutants: ## build podwall wrong in every way that is listed, one at a time; the 
 lint: ## golangci-lint, from a module of its own (the first run builds it: minutes)
 	$(LINT) run ./...
 	cd tests/oracle && go tool -modfile=$(CURDIR)/tools/go.mod golangci-lint run --config $(CURDIR)/.golangci.yml ./...
+	cd tests/bench && go tool -modfile=$(CURDIR)/tools/go.mod golangci-lint run --config $(CURDIR)/.golangci.yml ./...
 
 .PHONY: verify
 verify: ## what must hold before a commit: formatted, tidy, vetted, imports in the right direction
@@ -99,8 +112,10 @@ verify: ## what must hold before a commit: formatted, tidy, vetted, imports in t
 	if [[ -n $$unformatted ]]; then echo "run gofmt -w on:" $$unformatted >&2; exit 1; fi
 	go mod tidy -diff
 	go -C tests/oracle mod tidy -diff
+	go -C tests/bench mod tidy -diff
 	go vet ./...
 	go -C tests/oracle vet ./...
+	go -C tests/bench vet ./...
 	go test -count=1 ./tests
 
 .PHONY: clean

@@ -53,6 +53,16 @@ func Open(dir string) (*Registry, []error, error) {
 	}
 	r := &Registry{dir: dir, entries: map[attach.Key]*Entry{}}
 	var bad []error
+	// What a daemon that was killed had not renamed yet. Nobody else writes here: who opens it is the writer of the node.
+	unfinished, err := filepath.Glob(filepath.Join(dir, ".*.json?*"))
+	if err != nil {
+		return nil, nil, fmt.Errorf("list state directory %s: %w", dir, err)
+	}
+	for _, f := range unfinished {
+		if err := os.Remove(f); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			bad = append(bad, fmt.Errorf("unfinished registration: %w", err))
+		}
+	}
 	for _, f := range files {
 		e, err := load(f)
 		if err != nil {
@@ -85,7 +95,7 @@ func (r *Registry) path(k attach.Key) string {
 	return filepath.Join(r.dir, fmt.Sprintf("%s-%s.%d.json", k.ContainerID, k.IfName, len(k.ContainerID)))
 }
 
-// save writes an entry by rename. It does not sync to disk: what a crash of the machine loses, the machine's veths lose too.
+// save writes an entry by rename, so that a daemon that is killed leaves the former one. It syncs, which costs nothing on a tmpfs.
 func (r *Registry) save(e *Entry) error {
 	data, err := json.Marshal(e)
 	if err != nil {

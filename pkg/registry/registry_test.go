@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -208,4 +209,25 @@ func TestLock(t *testing.T) {
 		t.Fatalf("the lock did not fall with its holder: %v", err)
 	}
 	_ = second.Close()
+}
+
+// TestUnfinished holds that what a daemon did not come to rename is removed by the next, and nothing else.
+func TestUnfinished(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	unfinished, other := filepath.Join(dir, ".c-eth0.1.json123456"), filepath.Join(dir, ".keep")
+	for _, f := range []string{unfinished, other} {
+		if err := os.WriteFile(f, []byte("{"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, bad, err := Open(dir); err != nil || len(bad) > 0 {
+		t.Fatal(bad, err)
+	}
+	if _, err := os.Stat(unfinished); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("%s: %v, want that it is gone", unfinished, err)
+	}
+	if _, err := os.Stat(other); err != nil {
+		t.Error(err)
+	}
 }
