@@ -66,8 +66,9 @@ func (l *Loop) audit(ctx context.Context) error {
 	l.foreign.calm = now.Add(min(max(leastCalm, calmShare*now.Sub(begin)), mostCalm))
 	if err == nil {
 		restore := ruleset.Diff(l.loaded, want)
-		if err = l.commit(ctx, restore); err == nil && !restore.Empty() && l.revoker != nil {
+		if err = l.commit(ctx, restore); err == nil && (!restore.Empty() || l.unsure) && l.revoker != nil {
 			l.revoker.restored(policy.Isolated(want))
+			l.unsure = false
 		}
 	}
 	if nft.IsRefusal(err) && l.isSynced() {
@@ -130,6 +131,9 @@ func (l *Loop) own(ctx context.Context) (bool, error) {
 	for _, id := range woken {
 		l.cfg.Metrics.Drift.Inc()
 		l.cfg.Log.Error("somebody else has switched off a table of podwall, it is on again", "table", fmt.Sprintf("%s %s", id.Family, id.Name), "committed", l.foreign.by())
+	}
+	if len(woken) > 0 && l.started && l.revoker != nil {
+		l.revoker.restored(policy.Isolated(l.loaded))
 	}
 	return false, err
 }

@@ -117,8 +117,10 @@ type Loop struct {
 	refused   refusals
 	// generation is the kernel's when loaded was true of it.
 	generation uint32
-	started    bool
-	foreign    foreign
+	// unsure says that a commit failed which may have been executed all the same: nobody has looked at whom it tightened.
+	unsure  bool
+	started bool
+	foreign foreign
 }
 
 // view is what Run last published. It is immutable. What grows with the cluster is not in it, but looked up when somebody asks.
@@ -346,6 +348,9 @@ func (l *Loop) pass(ctx context.Context) error {
 		swept, partial := l.refresh()
 		if swept || l.opening() {
 			if err := l.verify(ctx); err != nil {
+				l.mu.Lock()
+				l.sweep = l.sweep || swept // the next pass is to verify it as well
+				l.mu.Unlock()
 				return err
 			}
 		}
@@ -436,13 +441,13 @@ func (l *Loop) done(w wanted) {
 	if l.revoker == nil {
 		return
 	}
-	forgotten := l.forgotten
-	l.forgotten = nil
-	l.revoker.committed(w.delta, forgotten, func(first bool) (policy.Tightened, policy.Tightened) {
+	forgotten, unsure := l.forgotten, l.unsure
+	l.forgotten, l.unsure = nil, false
+	l.revoker.committed(w.delta, unsure, forgotten, func(all bool) (policy.Tightened, policy.Tightened) {
 		switch {
-		case followed && !first:
+		case followed && !all:
 			return l.engine.TightenedBy(w.delta)
-		case w.whole != nil && !first:
+		case w.whole != nil && !all:
 			return policy.TightenedBy(w.delta, l.loaded), policy.Tightened{}
 		}
 		// What was established under the rules of others is not known.
@@ -542,7 +547,7 @@ func (l *Loop) commit(ctx context.Context, d ruleset.Delta) error {
 	if readErr != nil {
 		return errors.Join(err, readErr)
 	}
-	l.loaded, l.generation = loaded, 0
+	l.loaded, l.generation, l.unsure = loaded, 0, true
 	return fmt.Errorf("commit: %w", err)
 }
 

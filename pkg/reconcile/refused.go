@@ -193,6 +193,7 @@ func (l *Loop) isolate(ctx context.Context, before ruleset.Ruleset, refused erro
 		return wanted{}, refused // the difference was to something that is not there: it is taken anew
 	}
 	full := l.input()
+	full.CutBeforeNAT = l.revoker != nil && l.revoker.beforeNAT()
 	try := func() error {
 		in, out = l.renderTaken(full)
 		if err := l.commit(ctx, ruleset.Diff(l.loaded, out.Ruleset)); err != nil {

@@ -78,6 +78,7 @@ type revocation struct {
 	again           bool                // this is the second look
 	loosened        bool                // some policy may allow more
 	gone            []netip.Addr        // addresses that have another owner now
+	lost            bool                // the sets in the kernel may have been lost with their table
 	late            policy.Tightened    // addresses that are for the second look only
 }
 
@@ -109,13 +110,14 @@ func (r *revoker) setNATEnd(end time.Time) {
 	}
 }
 
-// committed tells it about a commit and asks whom that tightens, at once and later; the first time it looks at everything that is isolated.
+// committed tells it about a commit and asks whom that tightens, at once and later; the first time, and when it is not sure what was
+// committed before, it looks at everything that is isolated.
 // A pod that was closed, and whose addresses' connections were forgotten for that, had nothing that the rules could revoke.
-func (r *revoker) committed(d ruleset.Delta, forgotten map[netip.Addr]bool, tightened func(first bool) (policy.Tightened, policy.Tightened)) {
-	if d.Empty() && r.begun {
+func (r *revoker) committed(d ruleset.Delta, unsure bool, forgotten map[netip.Addr]bool, tightened func(all bool) (policy.Tightened, policy.Tightened)) {
+	if d.Empty() && r.begun && !unsure {
 		return
 	}
-	t, late := tightened(!r.begun)
+	t, late := tightened(!r.begun || unsure)
 	var egress, ingress []netip.Addr
 	t.Egress, egress = split(t.Egress, forgotten)
 	t.Ingress, ingress = split(t.Ingress, forgotten)
@@ -123,6 +125,7 @@ func (r *revoker) committed(d ruleset.Delta, forgotten map[netip.Addr]bool, tigh
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.todo.loosened = true
+	r.todo.lost = r.todo.lost || unsure || slices.ContainsFunc(d.Apply, func(o ruleset.Op) bool { return o.Kind == ruleset.AddTable && o.Table == r.table })
 	r.todo.late.Egress = slices.Concat(r.todo.late.Egress, late.Egress, egress)
 	r.todo.late.Ingress = slices.Concat(r.todo.late.Ingress, late.Ingress, ingress)
 	r.todo.add(t)
@@ -133,6 +136,7 @@ func (r *revoker) committed(d ruleset.Delta, forgotten map[netip.Addr]bool, tigh
 func (r *revoker) restored(t policy.Tightened) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.todo.lost = true
 	r.todo.add(t)
 	r.kick()
 }
@@ -192,8 +196,9 @@ func (r *revoker) run(ctx context.Context) {
 				timer = r.cfg.Clock.After(lookAgain)
 			}
 		}
-		if work.loosened && !begun {
+		if work.loosened && !begun || work.lost {
 			begun = true
+			clear(r.kept)
 			r.remember(ctx)
 		}
 		begin := r.cfg.Clock.Now()
@@ -291,7 +296,8 @@ func (r *revoker) revoke(ctx context.Context, work revocation) (int, error) {
 	if err != nil {
 		return 0, fmt.Errorf("list the node's addresses: %w", err)
 	}
-	var mu sync.Mutex // guards what follows, and what is kept
+	// Who lists connections holds up who deletes some, so judging must not wait for what deletes.
+	var judging, ending sync.Mutex
 	judge := newJudge(r.allows)
 	total := 0
 	var errs []error
@@ -307,14 +313,14 @@ func (r *revoker) revoke(ctx context.Context, work revocation) (int, error) {
 				return // the node's own connections are always allowed, and what a helper expected belongs to another one
 			}
 			c := policy.Connection{Proto: f.Proto, Src: f.Src, Dst: f.Dst, ToNode: local[f.Dst.Addr()]}
-			mu.Lock()
-			defer mu.Unlock()
+			judging.Lock()
+			defer judging.Unlock()
 			if !judge.allows(c) {
 				revoked[f] = c
 			}
 		})
-		mu.Lock()
-		defer mu.Unlock()
+		ending.Lock()
+		defer ending.Unlock()
 		if err != nil {
 			errs = append(errs, fmt.Errorf("list connections: %w", err))
 		}

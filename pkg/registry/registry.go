@@ -176,10 +176,10 @@ func (r *Registry) Remove(k attach.Key, seq uint64) error {
 	if e := r.entries[k]; e != nil && e.Seq != seq {
 		return nil
 	}
-	delete(r.entries, k)
 	if err := os.Remove(r.path(k)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("remove registration %s: %w", k, withRemedy(err, r.dir))
 	}
+	delete(r.entries, k)
 	return nil
 }
 
