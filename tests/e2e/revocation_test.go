@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"encoding/json"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -544,6 +545,15 @@ var revocableManifests = map[string]string{
 func newRevocable(t *testing.T, cni string, flags ...string) revocable {
 	t.Helper()
 	n := start(t, setup{cni: cni, manifests: revocableManifests, flags: flags})
+	table := tracked(t, n)
+	t.Cleanup(func() {
+		if !t.Failed() {
+			return
+		}
+		if err := table.Flows(context.Background(), conntrack.Filter{}, func(f conntrack.Flow) { t.Logf("tracked: %+v", f) }); err != nil {
+			t.Log(err)
+		}
+	})
 	return revocable{n, add(t, n, "guests", "client"), add(t, n, "default", "server", testnet.UDP(80)), add(t, n, "default", "friend")}
 }
 
