@@ -968,6 +968,7 @@ func TestLostRegistration(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
+			synctest.Wait() // the mark of its opening does not hold up the ADD
 			file := filepath.Join(first.dir, "c1-eth0.2.json")
 			if err := os.Truncate(file, 40); err != nil {
 				t.Fatal(err)
