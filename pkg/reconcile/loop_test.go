@@ -7,7 +7,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -39,7 +38,6 @@ type world struct {
 	metrics *metrics.Metrics
 
 	flowsMu sync.Mutex
-	turns   sync.Mutex // who lists connections and who deletes some take turns, as in pkg/conntrack
 	flows   []conntrack.Flow
 
 	mu      sync.Mutex
@@ -109,13 +107,7 @@ func (w *world) Flows(_ context.Context, filter conntrack.Filter, each func(conn
 	w.flowsMu.Lock()
 	flows := slices.Clone(w.flows)
 	w.flowsMu.Unlock()
-	w.turns.Lock()
-	defer runtime.Gosched()
-	defer w.turns.Unlock()
 	for _, f := range flows {
-		for range 100 { // others come to where they wait
-			runtime.Gosched()
-		}
 		if (!filter.Src.IsValid() || f.Src.Addr() == filter.Src) && (!filter.Dst.IsValid() || f.Dst.Addr() == filter.Dst) {
 			each(f)
 		}
@@ -124,8 +116,6 @@ func (w *world) Flows(_ context.Context, filter conntrack.Filter, each func(conn
 }
 
 func (w *world) Delete(_ context.Context, flows []conntrack.Flow) (int, error) {
-	w.turns.Lock()
-	defer w.turns.Unlock()
 	w.flowsMu.Lock()
 	defer w.flowsMu.Unlock()
 	before := len(w.flows)

@@ -460,7 +460,10 @@ func runWorld(t *testing.T, w *world, cfg Config) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cfg.NodeName, cfg.Policy, cfg.Metrics, cfg.Clock = "here", policy.Options{Table: "podwall"}, w.metrics, clock.RealClock{}
+	cfg.NodeName, cfg.Metrics, cfg.Clock = "here", w.metrics, clock.RealClock{}
+	if cfg.Policy.Table == "" {
+		cfg.Policy = policy.Options{Table: "podwall"}
+	}
 	w.Loop = New(cfg)
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
