@@ -99,7 +99,7 @@ func BenchmarkBaseline(b *testing.B) {
 		}
 		table := newTable(b)
 		room(b)
-		handle, err := netlink.NewHandleAt(netns.NsHandle(table.most.cfg.NetNS), unix.NETLINK_NETFILTER)
+		handle, err := netlink.NewHandleAt(netns.NsHandle(table.cfg.NetNS), unix.NETLINK_NETFILTER)
 		if err != nil {
 			b.Fatal(err)
 		}

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"slices"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -19,16 +18,8 @@ type Config struct {
 	NetNS int
 }
 
-// Table is the connection tracking table of one network namespace. Its methods may be called concurrently; those that are about IPv6 alone
-// take turns, and so do the others.
+// Table is the connection tracking table of one network namespace. Its methods may be called concurrently; they take turns.
 type Table struct {
-	// A walk takes tens of milliseconds when many connections are tracked. IPv6 has a socket of its own, so that two processors can
-	// look for the connections of a pod that has both.
-	most, ipv6 lane
-}
-
-// lane is a socket and what has been learnt by it.
-type lane struct {
 	cfg Config
 
 	mu sync.Mutex
@@ -42,28 +33,18 @@ const maxDumps = 5
 
 // New opens a netlink socket to the table.
 func New(cfg Config) (*Table, error) {
-	t := &Table{most: lane{cfg: cfg, filters: map[uint8]filterState{}}, ipv6: lane{cfg: cfg, filters: map[uint8]filterState{}}}
-	if _, err := t.most.socket(); err != nil {
+	t := &Table{cfg: cfg, filters: map[uint8]filterState{}}
+	if _, err := t.socket(); err != nil {
 		return nil, fmt.Errorf("open netlink socket to conntrack: %w", explain(err))
 	}
 	return t, nil
 }
 
-// Close closes the sockets.
+// Close closes the socket.
 func (t *Table) Close() {
-	for _, l := range []*lane{&t.most, &t.ipv6} {
-		l.mu.Lock()
-		l.reset()
-		l.mu.Unlock()
-	}
-}
-
-// of returns the lane that an address family's entries are asked for by.
-func (t *Table) of(family uint8) *lane {
-	if family == unix.AF_INET6 {
-		return &t.ipv6
-	}
-	return &t.most
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.reset()
 }
 
 // Filter selects flows by what Flow says of them: an address that is valid must be the flow's. The zero value selects all.
@@ -75,12 +56,9 @@ type Filter struct{ Src, Dst netip.Addr }
 // A table of 100,000 entries takes 0.15 s, nearly all of it in the kernel; with an address in IPv4, where the kernel filters,
 // a fifth of that.
 func (t *Table) Flows(ctx context.Context, filter Filter, each func(Flow)) error {
-	sel := selection{origSrc: plain(filter.Src), replySrc: plain(filter.Dst)}
-	family, _ := sel.family()
-	l := t.of(family)
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	err := l.list(ctx, sel, func(e *entry) { each(e.flow()) })
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	err := t.list(ctx, selection{origSrc: plain(filter.Src), replySrc: plain(filter.Dst)}, func(e *entry) { each(e.flow()) })
 	if err != nil {
 		return fmt.Errorf("list conntrack entries: %w", explain(err))
 	}
@@ -94,14 +72,9 @@ func (t *Table) Flows(ctx context.Context, filter Filter, each func(Flow)) error
 //
 // A flow that cannot be deleted does not keep the others from it; the error is the first. 100,000 flows take 0.1 to 0.3 s.
 func (t *Table) Delete(ctx context.Context, flows []Flow) (int, error) {
-	six := slices.IndexFunc(flows, func(f Flow) bool { return !f.Src.Addr().Is6() }) < 0
-	l := &t.most
-	if six {
-		l = &t.ipv6
-	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	n, err := l.delete(ctx, flows)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	n, err := t.delete(ctx, flows)
 	if err != nil {
 		return n, fmt.Errorf("delete conntrack entries: %w", err)
 	}
@@ -132,18 +105,18 @@ func (t *Table) forget(ips []netip.Addr, which func(*entry) bool) (int, error) {
 	if len(set) == 0 {
 		return 0, nil
 	}
-	t.most.mu.Lock()
-	defer t.most.mu.Unlock()
+	t.mu.Lock()
+	defer t.mu.Unlock()
 	ctx := context.Background() // each answer of the kernel has its timeout
 	var flows []Flow
-	err := t.most.dump(ctx, unix.AF_UNSPEC, selection{}, func(e *entry) {
+	err := t.dump(ctx, unix.AF_UNSPEC, selection{}, func(e *entry) {
 		if which(e) && (set[e.orig.src] || set[e.orig.dst] || set[e.reply.src] || set[e.reply.dst]) {
 			flows = append(flows, e.flow())
 		}
 	})
 	n := 0
 	if err == nil {
-		n, err = t.most.delete(ctx, flows)
+		n, err = t.delete(ctx, flows)
 	}
 	if err != nil {
 		return n, fmt.Errorf("delete conntrack entries of %d addresses: %w", len(set), explain(err))
@@ -152,43 +125,43 @@ func (t *Table) forget(ips []netip.Addr, which func(*entry) bool) (int, error) {
 }
 
 // list calls each for the entries of a selection.
-func (l *lane) list(ctx context.Context, sel selection, each func(*entry)) error {
+func (t *Table) list(ctx context.Context, sel selection, each func(*entry)) error {
 	family, ok := sel.family()
 	if !ok {
 		return nil
 	}
-	state, err := filtered(sel, l.filters[family], func(sel selection, each func(*entry)) error {
-		return l.dump(ctx, family, sel, each)
+	state, err := filtered(sel, t.filters[family], func(sel selection, each func(*entry)) error {
+		return t.dump(ctx, family, sel, each)
 	}, each)
-	l.filters[family] = state
+	t.filters[family] = state
 	return err
 }
 
 // dump is a dump of a family's entries, repeated if the kernel could not complete it.
-func (l *lane) dump(ctx context.Context, family uint8, sel selection, each func(*entry)) error {
+func (t *Table) dump(ctx context.Context, family uint8, sel selection, each func(*entry)) error {
 	for attempt := 1; ; attempt++ {
-		s, err := l.socket()
+		s, err := t.socket()
 		if err != nil {
 			return err
 		}
 		if err = s.dump(ctx, family, sel, each); err == nil {
 			return nil
 		}
-		l.reset()
+		t.reset()
 		if again := errors.Is(err, errInterrupted) || errors.Is(err, unix.ENOBUFS); !again || attempt == maxDumps {
 			return err
 		}
 	}
 }
 
-func (l *lane) delete(ctx context.Context, flows []Flow) (int, error) {
+func (t *Table) delete(ctx context.Context, flows []Flow) (int, error) {
 	total := 0
 	var first error
 	for size := batchSize; len(flows) > 0; {
 		if err := ctx.Err(); err != nil {
 			return total, errors.Join(first, err)
 		}
-		s, err := l.socket()
+		s, err := t.socket()
 		if err != nil {
 			return total, errors.Join(first, err)
 		}
@@ -196,7 +169,7 @@ func (l *lane) delete(ctx context.Context, flows []Flow) (int, error) {
 		n, err := s.delete(batch)
 		total += n
 		if err != nil {
-			l.reset()
+			t.reset()
 			// The kernel has executed the batch but could not say what failed. Those that went are found missing this time,
 			// and not counted.
 			if errors.Is(err, unix.ENOBUFS) && size > 1 {
@@ -212,21 +185,21 @@ func (l *lane) delete(ctx context.Context, flows []Flow) (int, error) {
 	return total, first
 }
 
-func (l *lane) socket() (*socket, error) {
-	if l.sock == nil {
-		s, err := dial(l.cfg.NetNS)
+func (t *Table) socket() (*socket, error) {
+	if t.sock == nil {
+		s, err := dial(t.cfg.NetNS)
 		if err != nil {
 			return nil, err
 		}
-		l.sock = s
+		t.sock = s
 	}
-	return l.sock, nil
+	return t.sock, nil
 }
 
-func (l *lane) reset() {
-	if l.sock != nil {
-		l.sock.close()
-		l.sock = nil
+func (t *Table) reset() {
+	if t.sock != nil {
+		t.sock.close()
+		t.sock = nil
 	}
 }
 

@@ -19,6 +19,7 @@ type filterState int
 
 const (
 	untried filterState = iota
+	doubted             // it has once not found what was there just before, which may have ended meanwhile
 	works               // it has found entries with an address
 	useless             // refused, ignored or wrong
 )
@@ -71,8 +72,10 @@ func filtered(sel selection, state filterState, dump func(selection, func(*entry
 		return useless, nil
 	case found:
 		return works, nil
+	case state == doubted:
+		return useless, nil
 	}
-	return state, nil
+	return doubted, nil
 }
 
 func refused(err error) bool { return errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EINVAL) }

@@ -101,6 +101,23 @@ func TestFilteredOnce(t *testing.T) {
 	if found != 2 || !slices.Equal(dumps, []selection{sel, {}}) {
 		t.Errorf("ignored: found %d in %v", found, dumps)
 	}
+	// One that finds nothing is not asked for ever, though what was there once may have ended.
+	finding := func(s selection, each func(*entry)) error {
+		dumps = append(dumps, s)
+		if s == (selection{}) {
+			each(&there)
+		}
+		return nil
+	}
+	dumps, state = nil, untried
+	for _, want := range []filterState{doubted, useless, useless} {
+		if state, err = filtered(sel, state, finding, nobody); state != want || err != nil {
+			t.Errorf("finds nothing: state %d, %v, want %d", state, err, want)
+		}
+	}
+	if sample := (selection{origSrc: addr("10.0.0.2")}); !slices.Equal(dumps, []selection{sel, {}, sample, sel, {}, sample, {}}) {
+		t.Errorf("finds nothing: dumps %v", dumps)
+	}
 	broken := errors.New("broken")
 	if _, err := filtered(sel, works, func(selection, func(*entry)) error { return broken }, nobody); !errors.Is(err, broken) {
 		t.Errorf("an error of the dump: %v", err)
@@ -116,7 +133,7 @@ func TestKernelFilter(t *testing.T) {
 	back := pair(unix.IPPROTO_UDP, "10.0.0.4", 1001, "10.0.0.3", 80)
 	back.reply.src, back.reply.dst = addr("10.0.0.2"), addr("10.0.0.1")
 	create(t, table, nat, back, pair(unix.IPPROTO_TCP, "fd00::1", 1001, "fd00::2", 80), echo("10.0.0.1", "10.0.0.4", 1))
-	s, err := table.most.socket()
+	s, err := table.socket()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -241,17 +241,17 @@ func TestFlows(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer unfiltered.Close()
-		unfiltered.most.filters[unix.AF_INET], unfiltered.ipv6.filters[unix.AF_INET6] = useless, useless
+		unfiltered.filters[unix.AF_INET], unfiltered.filters[unix.AF_INET6] = useless, useless
 		for name, table := range map[string]*Table{"first": fresh, "later": b.table, "whole dump": unfiltered} {
 			if d := cmp.Diff(want, texts(flows(t, table, filter))); d != "" {
 				t.Errorf("%s, %v (-want +got):\n%s", name, filter, d)
 			}
 		}
 	}
-	if got := b.table.most.filters[unix.AF_INET]; got != works {
+	if got := b.table.filters[unix.AF_INET]; got != works {
 		t.Errorf("the kernel's filter in IPv4 is in state %d: there is nothing wrong with it since Linux 5.8", got)
 	}
-	if got := b.table.ipv6.filters[unix.AF_INET6]; got == untried {
+	if got := b.table.filters[unix.AF_INET6]; got == untried {
 		t.Error("the kernel's filter in IPv6 was used and nothing is known of it")
 	}
 }
@@ -285,7 +285,7 @@ func echo(src, dst string, id uint16) made {
 func create(t testing.TB, table *Table, list ...made) {
 	t.Helper()
 	const ctaTimeout = 7
-	s, err := table.most.socket()
+	s, err := table.socket()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -577,7 +577,7 @@ func TestOverrun(t *testing.T) {
 		}
 	}
 	small := func() {
-		s, err := table.most.socket()
+		s, err := table.socket()
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -586,12 +586,12 @@ func TestOverrun(t *testing.T) {
 		}
 	}
 	small()
-	if s, err := table.most.socket(); err != nil {
+	if s, err := table.socket(); err != nil {
 		t.Fatal(err)
 	} else if _, err := s.delete(gone); !errors.Is(err, unix.ENOBUFS) {
 		t.Fatalf("%d answers without an overrun: %v", len(gone), err)
 	}
-	table.most.reset()
+	table.reset()
 	small()
 	if n, err := table.Delete(t.Context(), gone); n != 0 || err != nil {
 		t.Errorf("Delete of others = %d, %v, want 0", n, err)
@@ -674,8 +674,8 @@ func TestPrivilege(t *testing.T) {
 	if err := unix.Capset(&head, &less[0]); err != nil {
 		t.Fatal(err)
 	}
-	n, deleteErr := table.most.delete(t.Context(), list)
-	s, err := table.most.socket()
+	n, deleteErr := table.delete(t.Context(), list)
+	s, err := table.socket()
 	if err == nil {
 		err = s.dump(t.Context(), unix.AF_UNSPEC, selection{}, func(*entry) {})
 	}
@@ -690,7 +690,7 @@ func TestPrivilege(t *testing.T) {
 	if !errors.Is(err, unix.EPERM) {
 		t.Errorf("dump = %v, want EPERM", err)
 	}
-	table.most.reset()
+	table.reset()
 	if got := flows(t, table, Filter{}); len(got) != 1 {
 		t.Errorf("flows: %v", got)
 	}

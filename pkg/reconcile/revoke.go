@@ -1,6 +1,7 @@
 package reconcile
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -296,12 +297,12 @@ func (r *revoker) revoke(ctx context.Context, work revocation) (int, error) {
 	if err != nil {
 		return 0, fmt.Errorf("list the node's addresses: %w", err)
 	}
-	// Who lists connections holds up who deletes some, so judging must not wait for what deletes.
-	var judging, ending sync.Mutex
 	judge := newJudge(r.allows)
 	total := 0
 	var errs []error
-	look := func(filter conntrack.Filter) {
+	// What one dump has found does not wait for the next: each takes the kernel tens of milliseconds when many connections are tracked.
+	// What could not be judged goes on, and is no reason to spare the others.
+	for _, filter := range filters(work) {
 		// Several entries may be one connection to the rules: echo requests with different identifiers have no ports, and with NAT one
 		// source port may lead to one server in two ways.
 		revoked := map[conntrack.Flow]policy.Connection{}
@@ -313,14 +314,10 @@ func (r *revoker) revoke(ctx context.Context, work revocation) (int, error) {
 				return // the node's own connections are always allowed, and what a helper expected belongs to another one
 			}
 			c := policy.Connection{Proto: f.Proto, Src: f.Src, Dst: f.Dst, ToNode: local[f.Dst.Addr()]}
-			judging.Lock()
-			defer judging.Unlock()
 			if !judge.allows(c) {
 				revoked[f] = c
 			}
 		})
-		ending.Lock()
-		defer ending.Unlock()
 		if err != nil {
 			errs = append(errs, fmt.Errorf("list connections: %w", err))
 		}
@@ -328,13 +325,6 @@ func (r *revoker) revoke(ctx context.Context, work revocation) (int, error) {
 		total += n
 		errs = append(errs, err)
 	}
-	// What one dump has found does not wait for the next: each takes the kernel tens of milliseconds when many connections are tracked.
-	// What could not be judged goes on, and is no reason to spare the others.
-	var looks sync.WaitGroup
-	for _, filter := range filters(work) {
-		looks.Go(func() { look(filter) })
-	}
-	looks.Wait()
 	return total, errors.Join(append(errs, judge.err)...)
 }
 
@@ -367,18 +357,22 @@ func (r *revoker) end(ctx context.Context, revoked map[conntrack.Flow]policy.Con
 	return n, errors.Join(cutErr, err)
 }
 
-// filters says which entries to ask the kernel for.
+// filters says which entries to ask the kernel for, IPv4 before IPv6. Two dumps at once would be slower than one after the other, as they
+// lock the same buckets.
 func filters(work revocation) []conntrack.Filter {
 	if len(work.egress)+len(work.ingress) > maxFiltered {
 		return []conntrack.Filter{{}}
 	}
 	var list []conntrack.Filter
-	for ip := range work.egress {
+	for _, ip := range slices.SortedFunc(maps.Keys(work.egress), netip.Addr.Compare) {
 		list = append(list, conntrack.Filter{Src: ip})
 	}
-	for ip := range work.ingress {
+	for _, ip := range slices.SortedFunc(maps.Keys(work.ingress), netip.Addr.Compare) {
 		list = append(list, conntrack.Filter{Dst: ip})
 	}
+	slices.SortStableFunc(list, func(a, b conntrack.Filter) int {
+		return cmp.Compare(max(a.Src.BitLen(), a.Dst.BitLen()), max(b.Src.BitLen(), b.Dst.BitLen()))
+	})
 	return list
 }
 
