@@ -64,7 +64,7 @@ func (c *config) flags(fs *flag.FlagSet) {
 	fs.StringVar(&c.nodeName, "node-name", "", "this node's name (default $NODE_NAME, then the hostname)")
 	fs.StringVar(&c.socket, "socket", agentapi.DefaultSocket, "`PATH` of the socket that the CNI plugin and operator commands speak to")
 	fs.StringVar(&c.stateDir, "state-dir", "/run/podwall", "`DIR` of the lock and of attachments/, the registrations")
-	fs.StringVar(&c.table, "table", "podwall", "`NAME` of the nftables table")
+	fs.StringVar(&c.table, "table", "podwall", "`NAME` of the nftables tables, inet and netdev")
 	fs.StringVar(&c.listen, "listen", "127.0.0.1:9481", "`ADDR` for /metrics, /livez and /readyz; empty switches them off")
 	fs.StringVar(&c.cniConfDir, "cni-conf-dir", "", "watch the conflists in `DIR` and append podwall's entry again when it was lost; empty means off")
 	fs.StringVar(&c.ownNodeEgress, "own-node-egress", "enforce", "pod to its own node: `enforce|allow` egress policies")

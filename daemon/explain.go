@@ -58,6 +58,8 @@ names that no pod has, blocks that do not mean what they say, and pods that may 
 
   podwalld lint ./policies
 
+DIR may be given by --manifests instead, and so by PODWALL_MANIFESTS. Where that names another directory, add --manifests ''
+
 Exit codes: 0 no findings, 3 findings, 1 failed, 2 usage`
 
 // inquiry is the command line of an operator's question that has arguments.

@@ -38,7 +38,7 @@ func program(args []string) cli.Program {
 	}}
 }
 
-const help = `podwalld enforces Kubernetes NetworkPolicies on one node, with one nftables table, under any CNI plugin that gives pods a veth.
+const help = `podwalld enforces Kubernetes NetworkPolicies on one node, with two nftables tables, under any CNI plugin that gives pods a veth.
 
 Usage: podwalld COMMAND [flags]
 

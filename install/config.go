@@ -52,7 +52,7 @@ func installFlags(fs *flag.FlagSet, c *config) {
 
 func uninstallFlags(fs *flag.FlagSet, c *config) {
 	commonFlags(fs, c)
-	fs.StringVar(&c.table, "table", "podwall", "`NAME` of podwalld's nftables table")
+	fs.StringVar(&c.table, "table", "podwall", "`NAME` of podwalld's nftables tables")
 	fs.DurationVar(&c.wait, "wait", 10*time.Second, "how long to wait for podwalld to let go of its tables")
 	fs.BoolVar(&c.purge, "purge", false, "remove the plugin too: CRI-O then cannot remove pods that were made with it")
 }

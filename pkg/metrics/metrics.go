@@ -10,9 +10,9 @@ import (
 type Metrics struct {
 	Registry *prometheus.Registry
 
-	Attachments   *prometheus.GaugeVec   // by state: enforced, quarantined, detached
+	Attachments   *prometheus.GaugeVec   // by state: enforced, unenforceable, quarantined, detached
 	AdoptedPods   prometheus.Gauge       // pods of this node that never passed through the plugin
-	Problems      prometheus.Gauge       // objects that could not be used as written
+	Problems      prometheus.Gauge       // objects that cannot be used as written, or that the kernel refuses
 	Objects       *prometheus.CounterVec // changes by kind
 	Commits       *prometheus.CounterVec // by result: ok, error
 	Drift         prometheus.Counter     // times that somebody else had changed the tables

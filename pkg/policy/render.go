@@ -30,7 +30,7 @@ const minPortSet = 3
 type renderer struct {
 	in       *Input
 	table    *ruleset.Table
-	device   *ruleset.Table // netdev companion: only bridge ports need it
+	device   *ruleset.Table // netdev companion: the chains of host veths
 	peers    []peer
 	policies map[string][]*compiled // by namespace, sorted by name
 	chains   map[string]bool        // policy chains that have been rendered; false: has no rules
