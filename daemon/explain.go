@@ -9,6 +9,7 @@ import (
 	"io"
 	"maps"
 	"net/url"
+	"os"
 	"slices"
 	"strings"
 
@@ -58,7 +59,7 @@ names that no pod has, blocks that do not mean what they say, and pods that may 
 
   podwalld lint ./policies
 
-DIR may be given by --manifests instead, and so by PODWALL_MANIFESTS. Where that names another directory, add --manifests ''
+DIR may be given by --manifests instead. Without either it is PODWALL_MANIFESTS.
 
 Exit codes: 0 no findings, 3 findings, 1 failed, 2 usage`
 
@@ -231,9 +232,9 @@ func lintDirectory(ctx context.Context, c *cli.Call, args []string) error {
 	if err := q.ask(c, lintAbout, args, []string{"table", "json"}, func(*flag.FlagSet) {}); err != nil {
 		return err
 	}
-	dir := q.manifests
+	dir := q.manifests // or what the environment says, which DIR goes before
 	switch {
-	case len(q.arguments) == 1 && (dir == "" || dir == q.arguments[0]):
+	case len(q.arguments) == 1 && (dir == "" || dir == q.arguments[0] || dir == os.Getenv("PODWALL_MANIFESTS")):
 		dir = q.arguments[0]
 	case len(q.arguments) > 0 || dir == "":
 		return usage("want one DIR of manifests; see podwalld lint --help")

@@ -153,3 +153,18 @@ func TestSplit(t *testing.T) {
 		}
 	}
 }
+
+// TestLintEnvironment holds that a DIR that is named goes before the environment's.
+func TestLintEnvironment(t *testing.T) {
+	dir := t.TempDir()
+	t.Setenv("PODWALL_MANIFESTS", filepath.Join(dir, "missing"))
+	for _, tt := range []struct {
+		args []string
+		code int
+	}{{[]string{"lint", dir}, cli.OK}, {[]string{"lint", "--manifests", dir}, cli.OK}, {[]string{"lint"}, cli.Failed}} {
+		var out bytes.Buffer
+		if code := run(t.Context(), tt.args, &out, &out); code != tt.code {
+			t.Errorf("%v: exit code %d, want %d:\n%s", tt.args, code, tt.code, &out)
+		}
+	}
+}

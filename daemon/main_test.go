@@ -40,6 +40,7 @@ func TestExitCodes(t *testing.T) {
 		{"version as a flag", []string{"--version"}, cli.OK, "podwalld"},
 		{"no daemon", []string{"pods", "--socket", missing}, cli.Failed, missing},
 		{"no daemon, health", []string{"health", "--socket", missing}, cli.Failed, missing},
+		{"health in another form", []string{"health", "-o", "xml"}, cli.Usage, "must be one of table, json"},
 		{"two sources", []string{"run", "--manifests", "/x", "--kubeconfig", "/y"}, cli.Usage, "exclude each other"},
 		{"relative socket", []string{"run", "--socket", "x.sock"}, cli.Usage, "absolute path"},
 		{"relative state", []string{"run", "--state-dir", "x"}, cli.Usage, "absolute path"},

@@ -148,6 +148,9 @@ func showHealth(ctx context.Context, c *cli.Call) error {
 	if err := c.Parse(); err != nil {
 		return err
 	}
+	if *output != "table" && *output != "json" {
+		return usage("-o %q: must be one of table, json", *output)
+	}
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
 	path := "/readyz"

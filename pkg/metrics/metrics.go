@@ -39,7 +39,7 @@ func New(sourceProblems func() float64) *Metrics {
 			Name: "podwall_adopted_pods", Help: "Pods of this node enforced by their IPs only, because they never passed through the plugin.",
 		}),
 		Problems: prometheus.NewGauge(prometheus.GaugeOpts{
-			Name: "podwall_problems", Help: "Objects or parts of objects that could not be used as written; each is named in the log.",
+			Name: "podwall_problems", Help: "Objects or parts of objects that cannot be used as written, or that the kernel refuses; each is named in the log.",
 		}),
 		Objects: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "podwall_object_changes_total", Help: "Changes of cluster objects seen, by kind.",

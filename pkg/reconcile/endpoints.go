@@ -128,6 +128,9 @@ func (l *Loop) startOver(ended *state) {
 	for _, st := range l.states {
 		if st.entry.Seq < ended.entry.Seq && slices.ContainsFunc(st.entry.IPs, func(ip netip.Addr) bool { return slices.Contains(ended.entry.IPs, ip) }) {
 			st.clean, st.entry.Opened = false, false
+			if err := l.registry.SetOpened(st.entry.Key, st.entry.Seq, false); err != nil {
+				l.cfg.Log.Warn("an attachment that starts over cannot be marked: if the tables are lost before it is open again, it is opened at once", "attachment", st.entry.Key, "error", err)
+			}
 		}
 	}
 }
@@ -381,7 +384,7 @@ func (l *Loop) markOpened(in policy.Input) {
 			continue
 		}
 		st.entry.Opened = true
-		if err := l.registry.MarkOpened(st.entry.Key, st.entry.Seq); err != nil {
+		if err := l.registry.SetOpened(st.entry.Key, st.entry.Seq, true); err != nil {
 			l.cfg.Log.Warn("it will not be known that the ADD was finished: its connections are forgotten should the tables be gone at the next start", "attachment", st.entry.Key, "error", err)
 		}
 	}

@@ -641,7 +641,14 @@ func TestAddressComesBack(t *testing.T) {
 		w.mu.Lock()
 		w.gone["veth-young"] = true
 		w.mu.Unlock()
+		w.kernel.FailNext(unix.EPERM) // a daemon that ends now leaves no mark to open it by
 		w.LinkGone()
+		time.Sleep(retryFirst / 2)
+		synctest.Wait()
+		if e, ok := w.registry.Get(attachment("old", "a", "10.0.0.1").Key); !ok || e.Opened {
+			t.Errorf("while it starts over the registry says %+v, %v", e, ok)
+		}
+		time.Sleep(2 * retryFirst)
 		synctest.Wait()
 		if diff := cmp.Diff([]string{"10.0.0.1"}, w.forgets[forgets:]); diff != "" || !w.forgotten[len(w.forgotten)-1] {
 			t.Errorf("forgotten (-want +got), closed %v:\n%s", w.forgotten, diff)

@@ -152,16 +152,16 @@ func (r *Registry) Detach(k attach.Key) (Entry, bool, error) {
 	return e, true, r.save(&e)
 }
 
-// MarkOpened marks an attachment as opened, unless DEL or a newer ADD has come: the mark outlives the tables.
-func (r *Registry) MarkOpened(k attach.Key, seq uint64) error {
+// SetOpened marks an attachment as opened, or takes the mark away, unless DEL or a newer ADD has come: the mark outlives the tables.
+func (r *Registry) SetOpened(k attach.Key, seq uint64, opened bool) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	old := r.entries[k]
-	if old == nil || old.Seq != seq || old.Detached || old.Opened {
+	if old == nil || old.Seq != seq || old.Detached || old.Opened == opened {
 		return nil
 	}
 	e := *old
-	e.Opened = true
+	e.Opened = opened
 	if err := r.save(&e); err != nil {
 		return err
 	}

@@ -94,14 +94,14 @@ func TestReADDAfterDELIsNew(t *testing.T) {
 	}
 }
 
-// TestMarkOpened holds that the mark is of one ADD, and outlives the process.
-func TestMarkOpened(t *testing.T) {
+// TestSetOpened holds that the mark is of one ADD, and outlives the process.
+func TestSetOpened(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	r := open(t, dir, 0)
 	mark := func(r *Registry, e Entry) {
 		t.Helper()
-		if err := r.MarkOpened(e.Key, e.Seq); err != nil {
+		if err := r.SetOpened(e.Key, e.Seq, true); err != nil {
 			t.Error(err)
 		}
 	}
@@ -117,6 +117,11 @@ func TestMarkOpened(t *testing.T) {
 	want(r, false, false)
 	mark(r, e)
 	want(r, true, false)
+	if err := r.SetOpened(e.Key, e.Seq, false); err != nil {
+		t.Error(err)
+	}
+	want(r, false, false)
+	mark(r, e)
 	put(t, r, attachment("a", "eth0", "10.0.0.1"), false) // repeated: the same ADD
 	r = open(t, dir, 0)
 	want(r, true, false)
@@ -159,7 +164,7 @@ func BenchmarkRegister(b *testing.B) {
 				if !marked {
 					continue
 				}
-				if err := r.MarkOpened(e.Key, e.Seq); err != nil {
+				if err := r.SetOpened(e.Key, e.Seq, true); err != nil {
 					b.Fatal(err)
 				}
 			}
