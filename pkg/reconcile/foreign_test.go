@@ -363,6 +363,9 @@ func TestRestoreTime(t *testing.T) {
 	<-watching
 	w.Apply(denyAll("deny"))
 	w.Synced()
+	if err := w.WaitReady(within(t, 10*time.Second)); err != nil {
+		t.Fatal(err)
+	}
 	const pods = 50
 	for i := range pods {
 		id := string(rune('a'+i/26)) + string(rune('a'+i%26))

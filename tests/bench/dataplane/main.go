@@ -3,7 +3,8 @@
 // A node and two pods are network namespaces; the rulesets are those that the daemon would load, rendered and committed by its own
 // packages. Every figure is a ratio to a node that tracks connections and has no rules (kube-proxy makes every node track them):
 // one measurement with the rules is compared with one without that is a moment before or after it, in turns, and the median
-// of these ratios counts. So what else the machine does is in both. In one table the CPU times are given as well.
+// of these ratios counts. So what else the machine does is in both. A packet is measured in two ways: forwarding alone, and end to
+// end with a receiver that sleeps until it comes.
 package main
 
 import (
@@ -90,12 +91,14 @@ func pin() error {
 		return fmt.Errorf("pin the thread to one CPU: %w", err)
 	}
 	debug.SetMemoryLimit(2 << 30)
+	runtime.GOMAXPROCS(max(2, runtime.GOMAXPROCS(0))) // endToEnd's two threads block in system calls that the scheduler does not see
 	return nil
 }
 
 // series are the figures of one variant, one of each per round.
 type series struct {
 	packet, packetRatio         []float64
+	endToEnd, endToEndRatio     []float64
 	connection, connectionRatio []float64
 }
 
@@ -136,7 +139,7 @@ func measure(ctx context.Context, p plan, bridged bool, file *result.File) error
 			if err := ctx.Err(); err != nil {
 				return err
 			}
-			var packet, connection [2]float64
+			var packet, endToEnd, connection [2]float64
 			for turn := range 2 {
 				which := (turn + round + i) % 2 // the baseline is first every other time
 				if err := variant.wake(t, which == 1); err != nil {
@@ -149,6 +152,9 @@ func measure(ctx context.Context, p plan, bridged bool, file *result.File) error
 				if packet[which], err = w.packets(p.chunks, p.packets); err != nil {
 					return fmt.Errorf("%s, %s: %w", name, variant.label, err)
 				}
+				if endToEnd[which], err = w.endToEnd(p.chunks, p.packets); err != nil {
+					return fmt.Errorf("%s, %s: %w", name, variant.label, err)
+				}
 				if connection[which], err = w.connections(p.chunks, p.connections); err != nil {
 					return fmt.Errorf("%s, %s: %w", name, variant.label, err)
 				}
@@ -158,10 +164,11 @@ func measure(ctx context.Context, p plan, bridged bool, file *result.File) error
 			}
 			s := figures[variant]
 			s.packet, s.packetRatio = append(s.packet, packet[1]), append(s.packetRatio, packet[1]/packet[0])
+			s.endToEnd, s.endToEndRatio = append(s.endToEnd, endToEnd[1]), append(s.endToEndRatio, endToEnd[1]/endToEnd[0])
 			s.connection, s.connectionRatio = append(s.connection, connection[1]), append(s.connectionRatio, connection[1]/connection[0])
 			if variant.family == 0 {
 				b := figures[baseline]
-				b.packet, b.connection = append(b.packet, packet[0]), append(b.connection, connection[0])
+				b.packet, b.endToEnd, b.connection = append(b.packet, packet[0]), append(b.endToEnd, endToEnd[0]), append(b.connection, connection[0])
 			}
 		}
 	}

@@ -49,10 +49,7 @@ func (v *variant) rules(t *topology, name string) (ruleset.Ruleset, error) {
 	if v.linear > 0 {
 		return linearRules(name, v.linear), nil
 	}
-	in, err := input(t, v.size)
-	if err != nil {
-		return nil, err
-	}
+	in := input(t, v.size)
 	in.Options = policy.Options{Table: name, Cut: true, Log: true}
 	out := policy.Render(in)
 	if len(out.Problems) > 0 {
@@ -80,7 +77,7 @@ func (v *variant) rules(t *topology, name string) (ruleset.Ruleset, error) {
 // input is a node in a cluster: local pods of which the client and the server have links, and as many other pods as there are peers.
 // All policies select every local pod, in both directions. Only the last one by name allows the flow, those before it allow the
 // same port from and to others, so that a packet has to pass them all.
-func input(t *topology, s size) (policy.Input, error) {
+func input(t *topology, s size) policy.Input {
 	const namespace = "bench"
 	in := policy.Input{Model: cluster.NewModel()}
 	add := func(o cluster.Object) { in.Model.Apply(cluster.Change{Key: o.Key(), Object: o}) }
@@ -140,7 +137,7 @@ func input(t *topology, s size) (policy.Input, error) {
 		}
 		add(p)
 	}
-	return in, nil
+	return in
 }
 
 // pair are the i-th IPv4 and IPv6 address of a range.
@@ -159,7 +156,7 @@ func linearRules(name string, n int) ruleset.Ruleset {
 	for i := range n {
 		c.Rules = append(c.Rules, ruleset.NewRule(ruleset.Address(ruleset.IPSaddr, pair(10<<24|128<<16, i)[0]), ruleset.Verdict{Kind: ruleset.Accept}))
 	}
-	c.Rules = append(c.Rules, ruleset.NewRule(ruleset.CTState(ruleset.Established|ruleset.New), ruleset.Verdict{Kind: ruleset.Accept}))
+	c.Rules = append(c.Rules, ruleset.NewRule(ruleset.Established|ruleset.New, ruleset.Verdict{Kind: ruleset.Accept}))
 	table.Chains[c.Name] = c
 	return ruleset.Ruleset{table}
 }

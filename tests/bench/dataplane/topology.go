@@ -155,7 +155,7 @@ func sysctls(assignments ...string) error {
 	for _, a := range assignments {
 		name, value, _ := strings.Cut(a, "=")
 		err := os.WriteFile("/proc/sys/"+name, []byte(value), 0)
-		if err != nil && !(errors.Is(err, os.ErrNotExist) && strings.Contains(name, "/conf/")) {
+		if err != nil && (!errors.Is(err, os.ErrNotExist) || !strings.Contains(name, "/conf/")) {
 			errs = append(errs, fmt.Errorf("set sysctl %s: %w", name, err))
 		}
 	}

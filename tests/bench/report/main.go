@@ -17,10 +17,19 @@ import (
 
 // benchmarks are the files, in the order of the page, and what they are about.
 var benchmarks = []struct{ name, title, about string }{
-	{"dataplane", "Packets and connections", `CPU time of one thread, which sends, forwards and receives: soft interrupts run in the sender's system call. *Packet* is one UDP datagram
-of 18 bytes of an established flow, pod to pod through the node; *connection* is TCP socket, connect, accept and close by reset, both ends. Each figure is taken
-beside one of the same node with connection tracking and no rules, in turns; the ratio is the median of the rounds' ratios, ± is what that
-median may be off (95 %). The rulesets are those that the daemon would load. Before each measurement a datagram that no policy allows and one from
+	{"dataplane", "Packets and connections", `CPU time, as soft interrupts run in the sender's system call and so in its time. *Packet* and *end to end* are one UDP datagram of 18 bytes
+of an established flow, pod to pod through the node, measured in two ways; *connection* is TCP socket, connect, accept and close by reset, both ends.
+
+- *Packet* is forwarding alone: one thread sends and at once takes the datagram from the receiver's queue. It contains the two system calls, both
+  pods' stacks and the node's, and nobody who waits: the part that rules can make dearer with as little as possible beside it.
+- *End to end* is from a program to a program that sleeps until it comes: two threads send one datagram to and fro, and the time of both is divided by the
+  datagrams. It contains the same and the receiver's going to sleep, its wake-up and the context switch, as programs have it, but no change of
+  the address space. Both threads are on one CPU: the interrupt that starts an idle one is not in it, which on a virtual machine takes many times as
+  long and would hide the rules. The targets of a packet were set for such a measure, of sender and receiver.
+
+A measurement is the lower quartile of short chunks, for what disturbs one makes it longer and never shorter. Each is taken beside one of the same node with
+connection tracking and no rules, in turns; a ratio is the median of the rounds' ratios, ± is what that median may be off (95 %), and a time
+is the median of the rounds' times. The rulesets are those that the daemon would load. Before each measurement a datagram that no policy allows and one from
 a forged source have to be dropped, or the benchmark fails.`},
 	{"control", "Changes", "From an event to the kernel's commit, with the real kernel, and the load of a whole node beside `nft -f` of the same ruleset."},
 	{"attach", "ADD and DEL", "What podwall adds to the start and the end of a pod: the plugin's process, the socket, the wait, the transaction."},

@@ -290,8 +290,11 @@ func (b *bench) report(file *result.File) {
 	memory := result.Table{
 		ID: "scale-memory", Title: "Memory of podwalld at rest", Note: what,
 		Columns: []result.Column{
-			{Name: "RSS", Unit: "MiB"}, {Name: "RSS of it anonymous", Unit: "MiB"}, {Name: "peak RSS", Unit: "MiB"},
-			{Name: "heap in use", Unit: "MiB"}, {Name: "live heap", Unit: "MiB"},
+			{Name: "RSS", Unit: "MiB"},
+			{Name: "RSS of it anonymous", Unit: "MiB"},
+			{Name: "peak RSS", Unit: "MiB"},
+			{Name: "heap in use", Unit: "MiB"},
+			{Name: "live heap", Unit: "MiB"},
 		},
 		Plot: &result.Plot{X: "pods", LogX: true, LogY: true, Y: []string{"RSS", "live heap"}},
 	}

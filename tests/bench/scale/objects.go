@@ -162,7 +162,8 @@ func container(r *rand.Rand, name string, c int) corev1.Container {
 		TerminationMessagePath: "/dev/termination-log", TerminationMessagePolicy: corev1.TerminationMessageReadFile,
 		Resources: corev1.ResourceRequirements{Requests: quantity("100m", "128Mi"), Limits: quantity("1", "512Mi")}, LivenessProbe: probe, ReadinessProbe: probe,
 		VolumeMounts: []corev1.VolumeMount{
-			{Name: "config", MountPath: "/etc/" + name, ReadOnly: true}, {Name: "tmp", MountPath: "/tmp"},
+			{Name: "config", MountPath: "/etc/" + name, ReadOnly: true},
+			{Name: "tmp", MountPath: "/tmp"},
 			{Name: "kube-api-access", MountPath: "/var/run/secrets/kubernetes.io/serviceaccount", ReadOnly: true},
 		},
 	}
@@ -186,7 +187,7 @@ func managed(r *rand.Rand, manager string, n int) []metav1.ManagedFieldsEntry {
 	b.WriteString(`".":{}}}}`)
 	return []metav1.ManagedFieldsEntry{{
 		Manager: manager, Operation: metav1.ManagedFieldsOperationUpdate, APIVersion: "v1", FieldsType: "FieldsV1",
-		Time: new(metav1.NewTime(created)), FieldsV1: &metav1.FieldsV1{Raw: []byte(b.String())},
+		Time: new(metav1.NewTime(created)), FieldsV1: metav1.NewFieldsV1(b.String()),
 	}}
 }
 
