@@ -118,6 +118,14 @@ func TestFilteredOnce(t *testing.T) {
 	if sample := (selection{origSrc: addr("10.0.0.2")}); !slices.Equal(dumps, []selection{sel, {}, sample, sel, {}, sample, {}}) {
 		t.Errorf("finds nothing: dumps %v", dumps)
 	}
+	for _, tt := range []struct {
+		dump func(selection, func(*entry)) error
+		want filterState
+	}{{dump, works}, {func(selection, func(*entry)) error { return nil }, doubted}} {
+		if state, err = filtered(sel, doubted, tt.dump, nobody); state != tt.want || err != nil {
+			t.Errorf("doubted: then state %d, %v, want %d", state, err, tt.want)
+		}
+	}
 	broken := errors.New("broken")
 	if _, err := filtered(sel, works, func(selection, func(*entry)) error { return broken }, nobody); !errors.Is(err, broken) {
 		t.Errorf("an error of the dump: %v", err)

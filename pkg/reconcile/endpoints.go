@@ -50,8 +50,9 @@ func (l *Loop) returns(s *state) bool {
 }
 
 // wasOpen reports whether a former daemon had finished the ADD of this attachment and it was open since. If not, it starts over,
-// unless it returns: it is closed and former connections are forgotten.
-func (l *Loop) wasOpen(e registry.Entry) bool {
+// unless it returns: it is closed and former connections are forgotten. That it was open on an address which is its own only since a newer
+// attachment has ended is not enough.
+func (l *Loop) wasOpen(e registry.Entry, owners map[netip.Addr]attach.Key) bool {
 	t := l.loaded.Table(l.tables()[0])
 	if t == nil || e.Detached {
 		return false
@@ -63,8 +64,8 @@ func (l *Loop) wasOpen(e registry.Entry) bool {
 			}
 		}
 	}
-	_, ok := policy.Links(l.loaded)[(&state{entry: e}).id()]
-	return ok
+	link, ok := policy.Links(l.loaded)[(&state{entry: e}).id()]
+	return ok && !slices.ContainsFunc(e.IPs, func(ip netip.Addr) bool { return owners[ip] == e.Key && !slices.Contains(link.IPs, ip) })
 }
 
 // refresh brings the states in line with the registry, the links and the pods, and reports whether it has looked at all links. An error concerns one attachment, which stays
@@ -97,6 +98,7 @@ func (l *Loop) refresh() (bool, error) {
 				errs = append(errs, err)
 			}
 			if gone {
+				l.startOver(st) // before: who is killed in between does not leave them marked
 				if err := l.registry.Remove(e.Key, e.Seq); err != nil {
 					errs = append(errs, err)
 					l.inputs.restless = true
@@ -114,7 +116,6 @@ func (l *Loop) refresh() (bool, error) {
 		if !seen[k] {
 			delete(l.states, k)
 			l.former = append(l.former, st.entry.IPs...)
-			l.startOver(st)
 		}
 	}
 	if sweep {
@@ -373,7 +374,7 @@ func (l *Loop) unclean() bool {
 	return false
 }
 
-// markOpened notes the first opening of attachments in the registry. What fails is made up for by the next daemon that finds them open.
+// markOpened notes the opening of attachments in the registry. What fails is made up for by the next daemon that finds them open.
 func (l *Loop) markOpened(in policy.Input) {
 	marked := func(st *state) bool { return st.entry.Opened || st.entry.Detached || !st.clean }
 	if !slices.ContainsFunc(slices.Collect(maps.Values(l.states)), func(st *state) bool { return !marked(st) }) {

@@ -315,8 +315,10 @@ func (l *Loop) start(ctx context.Context) error {
 	}
 	l.orphans = nil
 	l.inputs.stale = true
-	for _, e := range l.registry.Entries() {
-		l.states[e.Key] = &state{entry: e, clean: l.wasOpen(e)}
+	entries := l.registry.Entries()
+	owners := registry.Owners(entries)
+	for _, e := range entries {
+		l.states[e.Key] = &state{entry: e, clean: l.wasOpen(e, owners)}
 	}
 	if err := l.findOrphans(); err != nil {
 		return err

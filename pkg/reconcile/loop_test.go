@@ -641,7 +641,7 @@ func TestAddressComesBack(t *testing.T) {
 		w.mu.Lock()
 		w.gone["veth-young"] = true
 		w.mu.Unlock()
-		w.kernel.FailNext(unix.EPERM) // a daemon that ends now leaves no mark to open it by
+		w.kernel.FailNext(unix.EPERM)
 		w.LinkGone()
 		time.Sleep(retryFirst / 2)
 		synctest.Wait()
@@ -656,6 +656,35 @@ func TestAddressComesBack(t *testing.T) {
 		want := ruleset.To(ruleset.Goto, "in_"+policy.ID("attachment", "old", "eth0"))
 		if v, _ := w.element("in4", ip1); v != want {
 			t.Errorf("in4 has %v, want %v", v, want)
+		}
+	})
+}
+
+// TestAddressComesBackAtStart holds the same for a daemon that ended before it had closed the address.
+func TestAddressComesBackAtStart(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		first := start(t, true, nil)
+		first.Apply(denyAll("deny"))
+		first.Synced()
+		for _, a := range []attach.Attachment{attachment("old", "a", "10.0.0.1"), attachment("young", "b", "10.0.0.1"), attachment("other", "c", "10.0.0.3")} {
+			if err := first.Attach(within(t, time.Second), a); err != nil {
+				t.Fatal(err)
+			}
+		}
+		first.mu.Lock()
+		first.gone["veth-young"] = true
+		first.mu.Unlock()
+		first.kernel.FailNext(unix.EPERM)
+		first.LinkGone()
+		synctest.Wait()
+
+		second := start(t, true, first)
+		second.Apply(denyAll("deny"))
+		second.Synced()
+		synctest.Wait()
+		if diff := cmp.Diff([]string{"10.0.0.1"}, second.forgets); diff != "" || !second.forgotten[0] {
+			t.Errorf("forgotten (-want +got), closed %v:\n%s", second.forgotten, diff)
 		}
 	})
 }

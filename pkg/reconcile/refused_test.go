@@ -462,7 +462,7 @@ func runWorld(t *testing.T, w *world, cfg Config) {
 	}
 	cfg.NodeName, cfg.Metrics, cfg.Clock = "here", w.metrics, clock.RealClock{}
 	if cfg.Policy.Table == "" {
-		cfg.Policy = policy.Options{Table: "podwall"}
+		cfg.Policy.Table = "podwall"
 	}
 	w.Loop = New(cfg)
 	ctx, cancel := context.WithCancel(t.Context())

@@ -27,8 +27,8 @@ type Entry struct {
 	Seq uint64 `json:"seq"`
 	// Detached says that DEL has been here: the endpoint stays closed until its host veth is gone.
 	Detached bool `json:"detached,omitempty"`
-	// Opened says that the ADD was finished: the addresses had been closed and their former connections forgotten, and then the
-	// pod's policies were in force. Files of older versions do not say it.
+	// Opened says that the ADD was finished, and has not started over since: the addresses had been closed and their former
+	// connections forgotten, and then the pod's policies were in force. Files of older versions do not say it.
 	Opened bool `json:"opened,omitempty"`
 }
 

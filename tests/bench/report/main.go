@@ -97,6 +97,13 @@ func run(in, out, plots string) error {
 			fmt.Fprintf(&page, "\n![%s](%s)\n", t.Title, filepath.ToSlash(filepath.Join(link, name)))
 		}
 	}
+	notes, err := os.ReadFile(filepath.Join(in, "notes.md"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if len(notes) > 0 {
+		page.WriteString("\n" + string(notes))
+	}
 	return os.WriteFile(out, []byte(page.String()), 0o644)
 }
 
