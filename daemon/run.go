@@ -202,7 +202,7 @@ func watchLinks(ctx context.Context, loop *reconcile.Loop, log *slog.Logger) err
 			return nil
 		}
 		log.Warn("link events lost, subscribing again", "error", err)
-		loop.LinkGone()
+		loop.LinkGone(0)
 		select {
 		case <-ctx.Done():
 			return nil

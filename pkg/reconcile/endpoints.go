@@ -72,10 +72,10 @@ func (l *Loop) wasOpen(e registry.Entry, owners map[netip.Addr]attach.Key) bool 
 // closed; the others have been refreshed.
 func (l *Loop) refresh() (bool, error) {
 	l.mu.Lock()
-	sweep, told := l.sweep, l.told
-	l.sweep, l.told = false, false
+	sweep, told, ended := l.sweep, l.told, l.gone
+	l.sweep, l.told, l.gone = false, false, nil
 	l.mu.Unlock()
-	if !sweep && !told && !l.inputs.stale && !l.inputs.restless {
+	if !sweep && !told && len(ended) == 0 && !l.inputs.stale && !l.inputs.restless {
 		return false, nil
 	}
 	l.inputs.stale, l.inputs.restless = true, false
@@ -84,18 +84,23 @@ func (l *Loop) refresh() (bool, error) {
 	seen := map[attach.Key]bool{}
 	for _, e := range l.registry.Entries() {
 		st := l.states[e.Key]
+		changed := false
 		if st == nil || st.entry.Seq != e.Seq || st.entry.Detached != e.Detached {
 			next := &state{entry: e}
 			if st != nil && st.entry.Seq == e.Seq {
 				next.link, next.hidden, next.pod = st.link, st.hidden, st.pod
 			}
-			st = next
+			st, changed = next, true
 			l.states[e.Key] = st
 		}
-		if st.link == nil || st.hidden != nil || sweep || e.Detached {
+		// Of a link that goes the kernel tells; it may have gone just before DEL came here.
+		if st.link == nil || st.hidden != nil || sweep || changed || slices.Contains(ended, e.HostLink.Index) {
 			gone, err := l.look(st)
 			if err != nil {
 				errs = append(errs, err)
+				l.mu.Lock()
+				l.gone = append(l.gone, e.HostLink.Index) // the next pass is to look at it
+				l.mu.Unlock()
 			}
 			if gone {
 				l.startOver(st) // before: who is killed in between does not leave them marked
@@ -107,7 +112,7 @@ func (l *Loop) refresh() (bool, error) {
 			}
 		}
 		seen[e.Key] = true
-		l.inputs.restless = l.inputs.restless || st.link == nil || st.hidden != nil || e.Detached
+		l.inputs.restless = l.inputs.restless || st.link == nil || st.hidden != nil
 		if pod := l.podOf(&st.entry); pod != nil && (st.pod == nil || !pod.Equal(st.pod)) {
 			st.pod = pod // one that is made up here is another one each time
 		}
@@ -118,7 +123,7 @@ func (l *Loop) refresh() (bool, error) {
 			l.former = append(l.former, st.entry.IPs...)
 		}
 	}
-	if sweep {
+	if sweep || len(ended) > 0 {
 		errs = append(errs, l.lookAtOrphans())
 	}
 	return sweep, errors.Join(errs...)

@@ -82,9 +82,10 @@ type Loop struct {
 	mu        sync.Mutex
 	queue     []cluster.Change
 	synced    bool
-	sweep     bool // links may have gone
-	told      bool // attachments have come or gone
-	down      bool // podwall was uninstalled: the tables go
+	sweep     bool  // links may have gone
+	gone      []int // links that have gone, by index
+	told      bool  // attachments have come or gone
+	down      bool  // podwall was uninstalled: the tables go
 	published view
 	changed   chan struct{} // closed and replaced whenever published is
 
@@ -185,10 +186,14 @@ func (l *Loop) Synced() {
 	l.kick()
 }
 
-// LinkGone tells the loop that a link has disappeared.
-func (l *Loop) LinkGone() {
+// LinkGone tells the loop that the link with an index has disappeared; with 0 that some may have.
+func (l *Loop) LinkGone(index int) {
 	l.mu.Lock()
-	l.sweep = true
+	if index == 0 {
+		l.sweep = true
+	} else {
+		l.gone = append(l.gone, index)
+	}
 	l.mu.Unlock()
 	l.kick()
 }

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -42,7 +43,8 @@ type world struct {
 
 	mu      sync.Mutex
 	gone    map[string]bool
-	hidden  bool // bridged traffic cannot be seen
+	looked  []string // links that Lookup was asked for
+	hidden  bool     // bridged traffic cannot be seen
 	forgets []string
 	// forgotten records, at each call of Forget, whether the addresses were closed in the kernel.
 	forgotten []bool
@@ -52,7 +54,8 @@ type world struct {
 func (w *world) Lookup(h attach.HostLink) (registry.Link, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if h.Name == "broken" {
+	w.looked = append(w.looked, h.Name)
+	if h.Name == "broken" || w.gone["netlink"] {
 		return registry.Link{}, errors.New("netlink is out of order")
 	}
 	port := h.Name == "port"
@@ -348,10 +351,59 @@ func TestDetach(t *testing.T) {
 		w.mu.Lock()
 		w.gone["veth-c1"] = true
 		w.mu.Unlock()
-		w.LinkGone()
+		w.LinkGone(0)
 		synctest.Wait()
 		if _, ok := w.element("eg4", ip1); ok || len(w.registry.Entries()) != 0 {
 			t.Errorf("registration outlives its link: %v", w.registry.Entries())
+		}
+	})
+}
+
+// TestLinkGone holds that the end of a link ends its attachment, that nothing else is looked at for that, and nothing for any other event.
+func TestLinkGone(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, true, nil)
+		w.Synced()
+		for i, id := range []string{"c1", "c2", "c3"} {
+			a := attachment(id, id, "10.0.0."+strconv.Itoa(i+1))
+			a.HostLink.Index = i + 1
+			if err := w.Attach(within(t, time.Second), a); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := w.Detach(within(t, time.Second), attachment("c3", "", "10.0.0.3").Key); err != nil {
+			t.Fatal(err)
+		}
+		looked := func() []string {
+			time.Sleep(2 * retryFirst)
+			synctest.Wait()
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			list := w.looked
+			w.looked = nil
+			return list
+		}
+		looked()
+		w.Apply(denyAll("deny"), pod("remote", "there", "10.0.9.9"))
+		if list := looked(); len(list) > 0 {
+			t.Errorf("for other events %v was looked at", list)
+		}
+		w.mu.Lock()
+		w.gone["veth-c2"], w.gone["netlink"] = true, true
+		w.mu.Unlock()
+		w.LinkGone(2)
+		synctest.Wait()
+		w.mu.Lock()
+		w.gone["netlink"] = false // the first look has failed
+		w.mu.Unlock()
+		for _, name := range looked() {
+			if name != "veth-c2" {
+				t.Errorf("%s was looked at when veth-c2 had gone", name)
+			}
+		}
+		if _, ok := w.registry.Get(attachment("c2", "", "10.0.0.2").Key); ok || len(w.registry.Entries()) != 2 {
+			t.Errorf("the registry has %v", w.registry.Entries())
 		}
 	})
 }
@@ -402,7 +454,7 @@ func TestReusedAddress(t *testing.T) {
 		w.mu.Lock()
 		w.gone["veth-old"] = true
 		w.mu.Unlock()
-		w.LinkGone()
+		w.LinkGone(0)
 		synctest.Wait()
 		want := ruleset.To(ruleset.Goto, "in_"+policy.ID("attachment", "young", "eth0"))
 		if v, _ := w.element("in4", ip1); v != want {
@@ -642,7 +694,7 @@ func TestAddressComesBack(t *testing.T) {
 		w.gone["veth-young"] = true
 		w.mu.Unlock()
 		w.kernel.FailNext(unix.EPERM)
-		w.LinkGone()
+		w.LinkGone(0)
 		time.Sleep(retryFirst / 2)
 		synctest.Wait()
 		if e, ok := w.registry.Get(attachment("old", "a", "10.0.0.1").Key); !ok || e.Opened {
@@ -676,7 +728,7 @@ func TestAddressComesBackAtStart(t *testing.T) {
 		first.gone["veth-young"] = true
 		first.mu.Unlock()
 		first.kernel.FailNext(unix.EPERM)
-		first.LinkGone()
+		first.LinkGone(0)
 		synctest.Wait()
 
 		second := start(t, true, first)
@@ -1022,7 +1074,7 @@ func TestLostRegistration(t *testing.T) {
 			second.mu.Lock()
 			second.gone["veth-c1"] = true
 			second.mu.Unlock()
-			second.LinkGone()
+			second.LinkGone(0)
 			synctest.Wait()
 			if _, ok := policy.Links(second.kernel.Ruleset())[policy.ID("attachment", "c1", "eth0")]; ok {
 				t.Error("its chain outlives its veth")

@@ -265,8 +265,8 @@ func setBridgeAttr(bridge netlink.Link, attr int, value uint8) error {
 	return err
 }
 
-// Watch calls gone whenever a link has disappeared, until ctx ends. A lost event is made up for by the caller's slow sweep.
-func (Links) Watch(ctx context.Context, gone func()) error {
+// Watch calls gone with the index of each link that has disappeared, until ctx ends. A lost event is made up for by the caller's slow sweep.
+func (Links) Watch(ctx context.Context, gone func(index int)) error {
 	updates := make(chan netlink.LinkUpdate, 64)
 	done := make(chan struct{})
 	defer close(done)
@@ -293,7 +293,7 @@ func (Links) Watch(ctx context.Context, gone func()) error {
 				return errors.New("receive link events: subscription ended")
 			}
 			if u.Header.Type == unix.RTM_DELLINK {
-				gone()
+				gone(int(u.Index))
 			}
 		}
 	}

@@ -216,7 +216,7 @@ func TestWatch(t *testing.T) {
 	inNetNS(t)
 	veth := addVeth(t)
 	ctx, cancel := context.WithCancel(t.Context())
-	gone, done := make(chan struct{}, 16), make(chan error, 1)
+	gone, done := make(chan int, 256), make(chan error, 1)
 	ready := make(chan struct{})
 	ns, err := netns.Get()
 	must(t, err)
@@ -227,7 +227,7 @@ func TestWatch(t *testing.T) {
 			return
 		}
 		close(ready)
-		done <- Links{}.Watch(ctx, func() { gone <- struct{}{} })
+		done <- Links{}.Watch(ctx, func(index int) { gone <- index })
 	}()
 	<-ready
 	timeout := time.After(10 * time.Second)
@@ -235,8 +235,15 @@ func TestWatch(t *testing.T) {
 		// The subscription may not be there yet for the first ones.
 		must(t, netlink.LinkDel(veth))
 		select {
-		case <-gone:
-			told = true
+		case index := <-gone: // of one of its ends, and of the other
+			for told = index == veth.Attrs().Index; !told; {
+				select {
+				case index = <-gone:
+					told = index == veth.Attrs().Index
+				case <-timeout:
+					t.Fatalf("told of the end of link %d, want %d", index, veth.Attrs().Index)
+				}
+			}
 		case <-timeout:
 			t.Fatal("nobody told that a link has ended")
 		case <-time.After(100 * time.Millisecond):

@@ -122,14 +122,22 @@ func (s sample) input(local int, changes ...cluster.Change) policy.Input {
 func makeLinks(n int) ([]int, error) {
 	var indexes []int
 	for i := range n {
-		if err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: linkName(i)}, PeerName: fmt.Sprint("pod", i)}); err != nil {
-			return nil, fmt.Errorf("add link %s: %w", linkName(i), err)
-		}
-		l, err := netlink.LinkByName(linkName(i))
+		_, index, err := addLink(linkName(i))
 		if err != nil {
-			return nil, fmt.Errorf("find link %s: %w", linkName(i), err)
+			return nil, err
 		}
-		indexes = append(indexes, l.Attrs().Index)
+		indexes = append(indexes, index)
 	}
 	return indexes, nil
+}
+
+func addLink(name string) (netlink.Link, int, error) {
+	if err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: name}, PeerName: name + "p"}); err != nil {
+		return nil, 0, fmt.Errorf("add link %s: %w", name, err)
+	}
+	l, err := netlink.LinkByName(name)
+	if err != nil {
+		return nil, 0, fmt.Errorf("find link %s: %w", name, err)
+	}
+	return l, l.Attrs().Index, nil
 }

@@ -8,6 +8,7 @@ import (
 	"os"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sync/errgroup"
 	"k8s.io/utils/clock"
 
@@ -53,9 +54,9 @@ func (w *watched) Commit(ctx context.Context, d ruleset.Delta) error {
 type daemon struct {
 	sample
 	*reconcile.Loop
-	kernel *watched
-	links  []int
-	end    func() error
+	kernel   *watched
+	registry *registry.Registry
+	end      func() error
 }
 
 // start runs the loop with the cluster and the node's pods, and waits until they are enforced.
@@ -76,7 +77,7 @@ func start(ctx context.Context, s sample, links []int) (*daemon, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &daemon{sample: s, kernel: &watched{kernel, make(chan commit, 16)}, links: links}
+	d := &daemon{sample: s, kernel: &watched{kernel, make(chan commit, 16)}, registry: reg}
 	d.Loop = reconcile.New(reconcile.Config{
 		NodeName: thisNode, Policy: options, Kernel: d.kernel, Links: registry.Links{}, Connections: connections,
 		Log: slog.New(slog.DiscardHandler), Metrics: metrics.New(func() float64 { return 0 }), Clock: clock.RealClock{},
@@ -101,7 +102,9 @@ func start(ctx context.Context, s sample, links []int) (*daemon, error) {
 	var g errgroup.Group
 	g.SetLimit(8)
 	for i := range s.local {
-		g.Go(func() error { return d.add(ctx, i, fmt.Sprint("container", i)) })
+		g.Go(func() error {
+			return d.add(ctx, i, fmt.Sprint("container", i), attach.HostLink{Name: linkName(i), Index: links[i]})
+		})
 	}
 	if err := g.Wait(); err != nil {
 		return nil, errors.Join(err, d.end())
@@ -119,13 +122,13 @@ func (d *daemon) until(done func() bool) error {
 }
 
 // add is what an ADD asks of the loop.
-func (d *daemon) add(ctx context.Context, i int, container string) error {
+func (d *daemon) add(ctx context.Context, i int, container string, link attach.HostLink) error {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	p := d.pod(i)
 	return d.Attach(ctx, attach.Attachment{
 		Network: "bench", Key: attach.Key{ContainerID: container, IfName: "eth0"}, Pod: attach.PodRef{Namespace: p.Namespace, Name: p.Name, UID: p.UID},
-		IPs: p.IPs, HostLink: attach.HostLink{Name: linkName(i), Index: d.links[i]},
+		IPs: p.IPs, HostLink: link,
 	})
 }
 
@@ -158,18 +161,27 @@ func (d *daemon) after(c cluster.Change) (time.Duration, error) {
 	}
 }
 
-// opened measures an ADD of a pod that is known, without the plugin and the socket: register, close, forget, open.
+// opened measures an ADD of a pod that is known, without the plugin and the socket: register, close, forget, open. Its veth is new, and
+// goes after the DEL.
 func (d *daemon) opened(ctx context.Context, round int) (time.Duration, error) {
 	if err := d.quiet(); err != nil {
 		return 0, err
 	}
 	container := fmt.Sprint("again", round)
+	link, index, err := addLink("again")
+	if err != nil {
+		return 0, err
+	}
 	begin := time.Now()
-	if err := d.add(ctx, d.local-1, container); err != nil {
+	if err := d.add(ctx, d.local-1, container, attach.HostLink{Name: "again", Index: index}); err != nil {
 		return 0, err
 	}
 	took := time.Since(begin)
-	return took, d.Detach(ctx, attach.Key{ContainerID: container, IfName: "eth0"})
+	if err := errors.Join(d.Detach(ctx, attach.Key{ContainerID: container, IfName: "eth0"}), netlink.LinkDel(link)); err != nil {
+		return 0, err
+	}
+	d.LinkGone(index)
+	return took, d.until(func() bool { return len(d.registry.Entries()) == d.local })
 }
 
 // measureEvents measures from an event to its commit.
