@@ -1,10 +1,12 @@
 package faults
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -17,28 +19,34 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/podwall/podwall/internal/testnet"
+	"github.com/podwall/podwall/pkg/policy"
 )
 
 // atOnce is how many pods are added at a time.
 const atOnce = 50
 
-// A process may have more of these at the end than at the beginning without having lost any: the Go runtime keeps threads that
-// it once needed, and memory that it may need again.
+// A process may have more of these at the end than at the beginning without having lost any: the Go runtime keeps threads that it once
+// needed, one for each request at most that was in a system call at once, and memory that it may need again. What is lost shows in the
+// goroutines, of which there may not be one more.
 const (
-	threadSlack = 10
+	threadSlack = atOnce
 	rssSlack    = 24 << 20
 )
 
 // usage is what a process holds of its kernel.
-type usage struct{ threads, files, sockets, rss int }
+type usage struct{ goroutines, threads, files, sockets, rss int }
 
 func (u usage) String() string {
-	return fmt.Sprintf("threads %d, files %d of which sockets %d, RSS %.1f MiB", u.threads, u.files, u.sockets, float64(u.rss)/(1<<20))
+	return fmt.Sprintf("goroutines %d, threads %d, files %d of which sockets %d, RSS %.1f MiB", u.goroutines, u.threads, u.files, u.sockets, float64(u.rss)/(1<<20))
 }
 
-func usageOf(pid int) (usage, error) {
+func usageOf(ctx context.Context, n *testnet.Node, pid int) (usage, error) {
 	dir := filepath.Join("/proc", strconv.Itoa(pid))
 	var u usage
+	var err error
+	if u.goroutines, err = goroutines(ctx, n, dir); err != nil {
+		return u, err
+	}
 	threads, err := os.ReadDir(filepath.Join(dir, "task"))
 	if err != nil {
 		return u, err
@@ -67,6 +75,38 @@ func usageOf(pid int) (usage, error) {
 	}
 	u.rss *= os.Getpagesize()
 	return u, nil
+}
+
+// goroutines asks a daemon how many it has, by the abstract socket that answers the probes of its container.
+func goroutines(ctx context.Context, n *testnet.Node, dir string) (int, error) {
+	pid, err := os.Readlink(filepath.Join(dir, "ns", "pid"))
+	if err != nil {
+		return 0, err
+	}
+	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		var conn net.Conn
+		err := n.Host.In(func() error {
+			var err error
+			conn, err = (&net.Dialer{}).DialContext(ctx, "unix", "@podwalld-"+policy.ID("health", n.Socket(), pid))
+			return err
+		})
+		return conn, err
+	}}}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://podwalld/metrics", nil)
+	if err != nil {
+		return 0, err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return 0, err
+	}
+	defer resp.Body.Close()
+	for lines := bufio.NewScanner(resp.Body); lines.Scan(); {
+		if text, ok := strings.CutPrefix(lines.Text(), "go_goroutines "); ok {
+			return strconv.Atoi(text)
+		}
+	}
+	return 0, errors.New("podwalld's metrics have no go_goroutines")
 }
 
 // TestAttachments holds that pods that come and go, many at a time, leave nothing: not in the tables, the registry and the
@@ -147,7 +187,7 @@ func attaching(t *testing.T, kind string, total int) {
 	w := &wave{slots: slots, to: netip.AddrPortFrom(node.Outside[testnet.External].Addrs[testnet.IPv4], port)}
 	must(w.run(ctx, atOnce))
 	settled()
-	begin, err := usageOf(d.cmd.Process.Pid)
+	begin, err := usageOf(ctx, node, d.cmd.Process.Pid)
 	must(err)
 	w.adds.Store(0)
 	w.dels.Store(0)
@@ -158,10 +198,10 @@ func attaching(t *testing.T, kind string, total int) {
 	left := settled()
 	must(inSync(ctx, node))
 	var end usage
-	err = await(ctx, "podwalld holds no more files than before", func() (bool, error) {
+	err = await(ctx, "podwalld holds no more files and goroutines than before", func() (bool, error) {
 		var err error
-		end, err = usageOf(d.cmd.Process.Pid)
-		return err == nil && end.files <= begin.files && end.sockets <= begin.sockets, err
+		end, err = usageOf(ctx, node, d.cmd.Process.Pid)
+		return err == nil && end.files <= begin.files && end.sockets <= begin.sockets && end.goroutines <= begin.goroutines, err
 	})
 	if err != nil {
 		t.Errorf("%v: %s, was %s", err, end, begin)
@@ -189,14 +229,14 @@ func attaching(t *testing.T, kind string, total int) {
 	var open usage
 	must(await(ctx, "connections that are kept are seen in /proc", func() (bool, error) {
 		var err error
-		open, err = usageOf(d.cmd.Process.Pid)
-		return err == nil && open.sockets >= end.sockets+kept, err
+		open, err = usageOf(ctx, node, d.cmd.Process.Pid)
+		return err == nil && open.sockets >= end.sockets+kept && open.goroutines >= end.goroutines+kept, err
 	}))
 	settled()
 
 	report(t, fmt.Sprintf("attachments %s (plugin executed with prevResult, real veths): %d ADDs, %d DELs, %d pods gone without DEL, %d at a time, in %s (%.0f/s): "+
-		"left: %s; podwalld before: %s; after: %s; control, one DEL left out: %s; control, %d connections kept: sockets +%d",
-		kind, w.adds.Load(), w.dels.Load(), w.adds.Load()-w.dels.Load(), atOnce, took.Round(time.Millisecond), float64(total)/took.Seconds(), left, begin, end, one, kept, open.sockets-end.sockets))
+		"left: %s; podwalld before: %s; after: %s; control, one DEL left out: %s; control, %d connections kept: sockets +%d, goroutines +%d",
+		kind, w.adds.Load(), w.dels.Load(), w.adds.Load()-w.dels.Load(), atOnce, took.Round(time.Millisecond), float64(total)/took.Seconds(), left, begin, end, one, kept, open.sockets-end.sockets, open.goroutines-end.goroutines))
 	if int(w.adds.Load()) != total || w.dels.Load() == 0 {
 		t.Errorf("the run shows nothing: %d ADDs, %d DELs", w.adds.Load(), w.dels.Load())
 	}
