@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"html"
 	"math"
@@ -98,9 +99,15 @@ func logarithmic(values []float64, from, to float64) scale {
 
 type point struct{ x, y float64 }
 
-// draw makes the plot of a table: lines over X.
+// curve is a line of a plot.
+type curve struct {
+	name   string
+	points []point
+}
+
+// draw makes the plot of a table: lines over X, one for each of its columns and series.
 func draw(t result.Table) (string, error) {
-	var lines [][]point
+	var lines []*curve
 	var xs, ys []float64
 	yUnit := ""
 	for _, name := range t.Plot.Y {
@@ -109,17 +116,27 @@ func draw(t result.Table) (string, error) {
 			return "", fmt.Errorf("plot of table %s: no column %q; name one of the table's", t.ID, name)
 		}
 		yUnit = t.Columns[i].Unit
-		var line []point
+		bySeries := map[string]*curve{}
 		for _, r := range t.Rows {
 			// A row without a place on the axis, as the baseline, is in the table only.
 			if i >= len(r.Values) || r.Values[i] == nil || r.X == 0 && (t.Plot.LogX || r.Label == "") || t.Plot.LogY && *r.Values[i] <= 0 {
 				continue
 			}
-			line = append(line, point{r.X, *r.Values[i]})
+			line := bySeries[r.Series]
+			if line == nil {
+				line = &curve{name: name}
+				if r.Series != "" {
+					line.name += ", " + r.Series
+				}
+				bySeries[r.Series] = line
+				lines = append(lines, line)
+			}
+			line.points = append(line.points, point{r.X, *r.Values[i]})
 			xs, ys = append(xs, r.X), append(ys, *r.Values[i])
 		}
-		slices.SortStableFunc(line, func(a, b point) int { return int(math.Copysign(1, a.x-b.x)) })
-		lines = append(lines, line)
+	}
+	for _, line := range lines {
+		slices.SortStableFunc(line.points, func(a, b point) int { return cmp.Compare(a.x, b.x) })
 	}
 	if len(xs) == 0 {
 		return "", fmt.Errorf("plot of table %s: no row has a figure at a place on the x axis", t.ID)
@@ -154,14 +171,14 @@ func draw(t result.Table) (string, error) {
 	for i, line := range lines {
 		colour := fmt.Sprint("c", i%colours)
 		var path strings.Builder
-		for j, p := range line {
+		for j, p := range line.points {
 			fmt.Fprintf(&path, "%s%.1f %.1f", [2]string{"L", "M"}[btoi(j == 0)], x.at(p.x), y.at(p.y))
 			fmt.Fprintf(&b, "<circle class=\"line %s\" cx=\"%.1f\" cy=\"%.1f\" r=\"3\"/>\n", colour, x.at(p.x), y.at(p.y))
 		}
 		fmt.Fprintf(&b, "<path class=\"line %s\" d=\"%s\"/>\n", colour, path.String())
 		at := left + float64(i)*(width-left-right)/float64(len(lines))
 		fmt.Fprintf(&b, "<path class=\"line %s\" d=\"M%.1f %.1fh18\"/>\n", colour, at, height-16)
-		text("", at+24, height-12, "start", t.Plot.Y[i])
+		text("", at+24, height-12, "start", line.name)
 	}
 	b.WriteString("</svg>\n")
 	return b.String(), nil

@@ -54,7 +54,8 @@ type Column struct {
 // Row has a label and one figure per column; NaN is not JSON, a missing figure is nil.
 type Row struct {
 	Label  string     `json:"label"`
-	X      float64    `json:"x,omitempty"` // the row's place on the plot's x axis
+	X      float64    `json:"x,omitempty"`      // the row's place on the plot's x axis
+	Series string     `json:"series,omitempty"` // the line of the plot that it belongs to, if a column has several
 	Values []*float64 `json:"values"`
 }
 

@@ -141,6 +141,7 @@ func (b *bench) remain(ctx context.Context, d *daemon, out *figures, f fleet, po
 	}{
 		{"nothing happens", 0, nil},
 		{"all kinds", 100, mixed},
+		{"heartbeats, which change nothing that counts", 100, []event{p.heartbeat}},
 		{"all kinds", 1000, mixed},
 		{"heartbeats, which change nothing that counts", 1000, []event{p.heartbeat}},
 		{"labels", 1000, []event{p.relabel}},
@@ -296,7 +297,7 @@ func (b *bench) report(file *result.File) {
 			{Name: "heap in use", Unit: "MiB"},
 			{Name: "live heap", Unit: "MiB"},
 		},
-		Plot: &result.Plot{X: "pods", LogX: true, LogY: true, Y: []string{"RSS", "live heap"}},
+		Plot: &result.Plot{X: "pods", LogX: true, LogY: true, Y: []string{"RSS"}},
 	}
 	starts := result.Table{
 		ID: "scale-start", Title: "Start of podwalld, median",
@@ -304,16 +305,17 @@ func (b *bench) report(file *result.File) {
 		Columns: []result.Column{
 			{Name: "start, gone", Unit: "s"}, {Name: "listed to loaded, gone", Unit: "s"}, {Name: "start, kept", Unit: "s"}, {Name: "listed to loaded, kept", Unit: "s"},
 		},
-		Plot: &result.Plot{X: "pods", LogX: true, LogY: true, Y: []string{"start, gone", "listed to loaded, gone"}},
+		Plot: &result.Plot{X: "pods", LogX: true, LogY: true, Y: []string{"start, gone"}},
 	}
 	for _, f := range b.figures {
 		label := fmt.Sprintf("%d pods, %d policies", f.pods, f.policies)
+		series := fmt.Sprintf("%d policies", f.policies)
 		m := f.memory
 		memory.Rows = append(memory.Rows, result.Row{
-			Label: label, X: float64(f.pods), Values: result.Values(m.rss/mib, m.anon/mib, m.peak/mib, m.heapInUse/mib, m.live/mib),
+			Label: label, X: float64(f.pods), Series: series, Values: result.Values(m.rss/mib, m.anon/mib, m.peak/mib, m.heapInUse/mib, m.live/mib),
 		})
 		starts.Rows = append(starts.Rows, result.Row{
-			Label: label, X: float64(f.pods), Values: result.Values(f.whole.total, f.whole.listed, f.adopted.total, f.adopted.listed),
+			Label: label, X: float64(f.pods), Series: series, Values: result.Values(f.whole.total, f.whole.listed, f.adopted.total, f.adopted.listed),
 		})
 	}
 	cpu := result.Table{
@@ -352,7 +354,7 @@ func (b *bench) targets(file *result.File) {
 	}
 	add("objects listed to table loaded, 10k pods and 1k policies", middle.whole.listed, 1, "s")
 	for _, l := range b.loads {
-		if l.rate == 100 {
+		if l.label == "all kinds" && l.rate == 100 {
 			add("CPU at 100 pod events a second, 10k pods and 1k policies", l.cpu, 3, "%")
 		}
 	}
