@@ -113,7 +113,7 @@ func (dec *decoder) decode(e expr.Any) bool {
 	switch e := e.(type) {
 	case *expr.Meta:
 		switch e.Key {
-		case expr.MetaKeyNFPROTO, expr.MetaKeyPROTOCOL, expr.MetaKeyIIFTYPE:
+		case expr.MetaKeyNFPROTO, expr.MetaKeyPROTOCOL:
 			dec.depend = true
 			return true
 		}
@@ -178,7 +178,7 @@ func (dec *decoder) cmp(e *expr.Cmp) bool {
 		dec.depend = false
 		return true
 	case dec.ct:
-		return dec.ctState()
+		return dec.ctState(e)
 	case len(dec.held) != 1 || len(e.Data) != int(fields[dec.held[0]].len):
 		return false
 	}
@@ -214,14 +214,21 @@ func (dec *decoder) cmp(e *expr.Cmp) bool {
 	return true
 }
 
-func (dec *decoder) ctState() bool {
-	if len(dec.mask) != 4 {
+func (dec *decoder) ctState(e *expr.Cmp) bool {
+	bits := dec.mask
+	if bits == nil {
+		bits = e.Data
+	}
+	if len(bits) != 4 {
 		return false
 	}
-	state := binaryutil.NativeEndian.Uint32(dec.mask)
+	state := binaryutil.NativeEndian.Uint32(bits)
 	s := ruleset.CTState(state & 0xf)
 	if state&ctStateUntracked != 0 {
 		s |= ruleset.Untracked
+	}
+	if dec.mask == nil && e.Op == expr.CmpOpNeq {
+		s = ruleset.AnyState &^ s
 	}
 	dec.put(s)
 	return true

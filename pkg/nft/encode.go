@@ -398,25 +398,58 @@ func commentData(comment string) []byte {
 }
 
 // encoder translates one rule. Like nft it puts the matches that a field depends on in front of the rule's own: ip saddr
-// is bytes 12 to 15 of the network header only if the packet is IPv4.
+// is bytes 12 to 15 of the network header only if the packet is IPv4. Unlike nft it puts that one first of all (version).
 type encoder struct {
 	family ruleset.Family
 	hook   *ruleset.Hook // of the rule's chain
 	// What is known from a match before.
 	ip     ipVersion
 	icmpv6 bool
-	ether  bool
 	out    []expr.Any
 }
 
 func encodeRule(family ruleset.Family, hook *ruleset.Hook, r ruleset.Rule) ([]expr.Any, error) {
 	enc := &encoder{family: family, hook: hook}
+	if enc.ip = version(r); enc.ip != 0 {
+		if err := enc.matchIP(); err != nil {
+			return nil, err
+		}
+	}
 	for _, e := range r.Exprs {
 		if err := enc.encode(e); err != nil {
 			return nil, fmt.Errorf("%s: %w", e, err)
 		}
 	}
 	return enc.out, nil
+}
+
+// version returns the IP version that a rule's first match of an address or the like asks for, 0 if there is none.
+// It is matched before anything else: nearly every rule has a twin for the other version, and a packet of the other leaves it there.
+func version(r ruleset.Rule) ipVersion {
+	for _, e := range r.Exprs {
+		for _, f := range fieldsOf(e) {
+			if v := fields[f].ip; v != 0 {
+				return v
+			}
+		}
+	}
+	return 0
+}
+
+func fieldsOf(e ruleset.Expr) []ruleset.Field {
+	switch e := e.(type) {
+	case ruleset.Cmp:
+		return []ruleset.Field{e.Field}
+	case ruleset.Prefix:
+		return []ruleset.Field{e.Field}
+	case ruleset.Range:
+		return []ruleset.Field{e.Field}
+	case ruleset.In:
+		return e.Fields
+	case ruleset.Dispatch:
+		return e.Fields
+	}
+	return nil
 }
 
 func (enc *encoder) add(e ...expr.Any) { enc.out = append(enc.out, e...) }
@@ -488,14 +521,6 @@ func (enc *encoder) cmp(e ruleset.Cmp) error {
 		op = expr.CmpOpNeq
 	}
 	enc.add(&expr.Cmp{Op: op, Register: register(0), Data: value})
-	if e.Field == ruleset.EtherType && !e.Not {
-		switch e {
-		case ruleset.Equal16(ruleset.EtherType, ruleset.EtherIPv4):
-			enc.ip = ipv4
-		case ruleset.Equal16(ruleset.EtherType, ruleset.EtherIPv6):
-			enc.ip = ipv6
-		}
-	}
 	return nil
 }
 
@@ -526,18 +551,30 @@ func (enc *encoder) masked(mask, value []byte, negated bool) {
 }
 
 func (enc *encoder) ctState(s ruleset.CTState) {
-	bits := uint32(s &^ ruleset.Untracked)
-	if s&ruleset.Untracked != 0 {
-		bits |= ctStateUntracked
+	if state, not, ok := s.Single(); ok {
+		op := expr.CmpOpEq
+		if not {
+			op = expr.CmpOpNeq
+		}
+		enc.add(&expr.Ct{Key: expr.CtKeySTATE, Register: register(0)}, &expr.Cmp{Op: op, Register: register(0), Data: ctBits(state)})
+		return
 	}
 	enc.add(
 		&expr.Ct{Key: expr.CtKeySTATE, Register: register(0)},
 		&expr.Bitwise{
 			SourceRegister: register(0), DestRegister: register(0), Len: 4,
-			Mask: binaryutil.NativeEndian.PutUint32(bits), Xor: make([]byte, 4),
+			Mask: ctBits(s), Xor: make([]byte, 4),
 		},
 		&expr.Cmp{Op: expr.CmpOpNeq, Register: register(0), Data: make([]byte, 4)},
 	)
+}
+
+func ctBits(s ruleset.CTState) []byte {
+	bits := uint32(s &^ ruleset.Untracked)
+	if s&ruleset.Untracked != 0 {
+		bits |= ctStateUntracked
+	}
+	return binaryutil.NativeEndian.PutUint32(bits)
 }
 
 func (enc *encoder) log(l ruleset.Log) {
@@ -602,23 +639,17 @@ func (enc *encoder) depend(f ruleset.Field) error {
 	if !ok {
 		return fmt.Errorf("field %d is unknown", f)
 	}
-	if f == ruleset.EtherType && !enc.ether {
-		// nft shows raw bytes without this match. An egress hook has no input interface: the rule would never match.
-		if enc.family != ruleset.Netdev || enc.hook != nil && enc.hook.Name == "egress" {
-			return errors.New("ether type needs a netdev table and cannot be used in an egress hook")
-		}
-		enc.ether = true
-		enc.match(expr.MetaKeyIIFTYPE, binaryutil.NativeEndian.PutUint16(unix.ARPHRD_ETHER))
-	}
-	if loc.ip == arp && enc.family != ruleset.Netdev {
-		return errors.New("ARP needs a netdev table")
+	if f == ruleset.EtherType && enc.family != ruleset.Netdev {
+		return errors.New("an EtherType needs a netdev table")
 	}
 	if loc.ip != 0 && loc.ip != enc.ip {
 		if enc.ip != 0 {
 			return errors.New("the rule can never match: its fields are of different IP versions")
 		}
 		enc.ip = loc.ip
-		enc.matchIP()
+		if err := enc.matchIP(); err != nil {
+			return err
+		}
 	}
 	if f == ruleset.NDTarget && !enc.icmpv6 {
 		return errors.New("an ND target needs a match of the ICMPv6 type before it")
@@ -632,8 +663,10 @@ func (enc *encoder) depend(f ruleset.Field) error {
 }
 
 // matchIP matches the IP version: by nfproto in inet, by the ether type in netdev, where every packet has nfproto netdev.
-func (enc *encoder) matchIP() {
+func (enc *encoder) matchIP() error {
 	switch {
+	case enc.ip == arp && enc.family != ruleset.Netdev:
+		return errors.New("ARP needs a netdev table")
 	case enc.ip == arp:
 		enc.match(expr.MetaKeyPROTOCOL, binaryutil.BigEndian.PutUint16(ruleset.EtherARP))
 	case enc.family == ruleset.Netdev && enc.ip == ipv4:
@@ -645,6 +678,7 @@ func (enc *encoder) matchIP() {
 	default:
 		enc.match(expr.MetaKeyNFPROTO, []byte{unix.NFPROTO_IPV6})
 	}
+	return nil
 }
 
 func (enc *encoder) match(key expr.MetaKey, value []byte) {

@@ -37,9 +37,9 @@ func (r *renderer) base() {
 		r.table.Sets[m.name] = &ruleset.Set{Name: m.name, Key: []ruleset.KeyType{m.key}, Map: true, Elements: map[ruleset.Elem]ruleset.Verdict{}}
 	}
 	addICMPv6Sets(r.table)
-	established := ruleset.NewRule(ruleset.Established|ruleset.Related, accept)
+	established := ruleset.NewRule(ruleset.Established, accept)
 	// Nothing of it is TCP, which most new connections are.
-	common := ruleset.NewRule(ruleset.Not(ruleset.Equal(ruleset.L4Proto, ruleset.ProtoTCP)), ruleset.To(ruleset.Jump, chainCommon))
+	common := ruleset.NewRule(ruleset.Not(tcp), ruleset.To(ruleset.Jump, chainCommon))
 	bySource := []ruleset.Rule{
 		ruleset.NewRule(ruleset.Dispatch{Fields: []ruleset.Field{ruleset.IPSaddr}, Map: mapEgress4}),
 		ruleset.NewRule(ruleset.Dispatch{Fields: []ruleset.Field{ruleset.IP6Saddr}, Map: mapEgress6}),
@@ -50,9 +50,12 @@ func (r *renderer) base() {
 	}
 	head := []ruleset.Rule{established, common}
 	first := head // of what packets meet first: it sees to revoked connections
+	var other []ruleset.Rule
 	if r.in.Options.Cut {
 		r.revocation(established)
-		first = append(first, ruleset.NewRule(ruleset.To(ruleset.Jump, chainRevoked)))
+		// A SYN begins another connection, which is the policies' business; what is not TCP gets there by chainCommon.
+		first = append(first, ruleset.NewRule(tcp, noSYN, ruleset.To(ruleset.Jump, chainRevoked)))
+		other = []ruleset.Rule{ruleset.NewRule(ruleset.To(ruleset.Jump, chainRevoked))}
 	}
 	r.chain(chainEgress, &ruleset.Hook{Name: "forward", Priority: priorityEgress}, first, bySource)
 	// What is left is not for a registered address: if it leads to an isolated pod all the same, it is for one that CNI did not
@@ -69,13 +72,16 @@ func (r *renderer) base() {
 		// A DHCP client without an address yet, and the answer to it.
 		ruleset.NewRule(ruleset.Address(ruleset.IPSaddr, netip.IPv4Unspecified()), ruleset.Address(ruleset.IPDaddr, broadcast), udp, ruleset.Equal16(ruleset.Sport, 68), ruleset.Equal16(ruleset.Dport, 67), accept),
 		ruleset.NewRule(ruleset.Address(ruleset.IPDaddr, broadcast), udp, ruleset.Equal16(ruleset.Sport, 67), ruleset.Equal16(ruleset.Dport, 68), accept),
-	})
+	}, other)
+	r.chain(chainNotNew, nil, []ruleset.Rule{ruleset.NewRule(ruleset.Related, accept), dropRule(ruleset.Invalid)})
+	r.chain(chainGroups, nil, []ruleset.Rule{dropRule(ruleset.Prefix{Field: ruleset.IPDaddr, Prefix: multicast4}), dropRule(ruleset.Address(ruleset.IPDaddr, broadcast))})
 	r.chain(chainQuarantine, nil, []ruleset.Rule{ruleset.NewRule(ruleset.Counter{}, drop)})
 }
 
 var (
 	broadcast = netip.AddrFrom4([4]byte{255, 255, 255, 255})
 	udp       = ruleset.Equal(ruleset.L4Proto, ruleset.ProtoUDP)
+	tcp       = ruleset.Equal(ruleset.L4Proto, ruleset.ProtoTCP)
 )
 
 func (r *renderer) chain(name string, hook *ruleset.Hook, parts ...[]ruleset.Rule) {

@@ -88,7 +88,7 @@ func (r *renderer) openLink(e *Endpoint, ingress, egress bool) {
 }
 
 func sourceRules(e *Endpoint, isolated bool) []ruleset.Rule {
-	rules := append(ordinary(e, isolated),
+	rules := append(ordinary(e),
 		dropRule(ruleset.Equal(ruleset.ICMPv6Type, routerAdvertisement)),
 		dropRule(ruleset.Equal(ruleset.ICMPv6Type, redirect)),
 		dropRule(
@@ -107,39 +107,41 @@ func sourceRules(e *Endpoint, isolated bool) []ruleset.Rule {
 	}
 	rules = append(rules, passICMPv6()...)
 	if isolated {
-		return append(rules,
-			dropRule(notOwn(e, ruleset.IP6Saddr)...),
-			dropRule(ruleset.Prefix{Field: ruleset.IPDaddr, Prefix: multicast4}),
-			dropRule(ruleset.Address(ruleset.IPDaddr, broadcast)),
-			dropRule(ruleset.Prefix{Field: ruleset.IP6Daddr, Prefix: multicast6}))
+		return append(rules, dropRule(notOwn(e, ruleset.IP6Saddr)...))
 	}
 	return append(rules, dropRule(ruleset.Address(ruleset.IP6Saddr, netip.IPv6Unspecified())))
 }
 
 // ordinary accepts at once what nearly every packet is, and what no rule behind drops: sent from one of the endpoint's own addresses,
-// not to a group, and nothing that neighbours could be misled with. It takes a packet a third of the time that all rules take. The
-// EtherType is compared and not the protocol, which is that of the packet inside when the kernel has taken a VLAN tag off.
-func ordinary(e *Endpoint, isolated bool) []ruleset.Rule {
+// and nothing that neighbours could be misled with. It takes a packet a fifth of the time that all rules take.
+//
+// A frame with a VLAN tag has the protocol of the packet inside, as the kernel has taken the tag off. A bridge would hand it on past the
+// inet table, so there the EtherType is compared as well. On a routed veth a packet with a true source address may have one: if it is a
+// priority tag it is routed as without, and else nobody takes it.
+func ordinary(e *Endpoint) []ruleset.Rule {
 	var rules []ruleset.Rule
 	for _, ip := range e.IPs {
 		if slices.Contains(e.Gateways, ip) {
 			continue // the rules about neighbours have to see it
 		}
-		match := []ruleset.Expr{ruleset.Equal16(ruleset.EtherType, ruleset.EtherIPv4), ruleset.Address(ruleset.IPSaddr, ip)}
-		groups := ruleset.Prefix{Field: ruleset.IPDaddr, Not: true, Prefix: above4}
-		if ip.Is6() {
-			match = []ruleset.Expr{
-				ruleset.Equal16(ruleset.EtherType, ruleset.EtherIPv6), ruleset.Address(ruleset.IP6Saddr, ip),
-				ruleset.Not(ruleset.Equal(ruleset.L4Proto, ruleset.ProtoICMPv6)),
-			}
-			groups = ruleset.Prefix{Field: ruleset.IP6Daddr, Not: true, Prefix: multicast6}
+		var match []ruleset.Expr
+		if e.Bridge != "" {
+			match = append(match, etherType(ip))
 		}
-		if isolated {
-			match = append(match, groups)
+		match = append(match, ruleset.Address(saddr(ip), ip))
+		if ip.Is6() {
+			match = append(match, ruleset.Not(ruleset.Equal(ruleset.L4Proto, ruleset.ProtoICMPv6)))
 		}
 		rules = append(rules, ruleset.NewRule(append(match, accept)...))
 	}
 	return rules
+}
+
+func etherType(ip netip.Addr) ruleset.Expr {
+	if ip.Is4() {
+		return ruleset.Equal16(ruleset.EtherType, ruleset.EtherIPv4)
+	}
+	return ruleset.Equal16(ruleset.EtherType, ruleset.EtherIPv6)
 }
 
 // stranger matches IPv6 sources that are neither the endpoint's own nor link-local nor unspecified (duplicate address

@@ -77,9 +77,9 @@ func TestLink(t *testing.T) {
 		{name: "router advertisement", hook: "ingress", packet: nd(fe80, 134, 255)},
 		{name: "redirect", hook: "ingress", packet: nd(fe80, 137, 255)},
 		{name: "DHCP discover", hook: "ingress", packet: udp(netip.IPv4Unspecified(), all255, 68, 67, ruleset.PktBroadcast), open: true, isolated: true},
-		{name: "broadcast", hook: "ingress", packet: udp(own4, all255, 1, 1, ruleset.PktBroadcast), open: true},
-		{name: "IPv4 multicast", hook: "ingress", packet: udp(own4, netip.MustParseAddr("224.0.0.251"), 1, 5353, ruleset.PktMulticast), open: true},
-		{name: "IPv6 multicast", hook: "ingress", packet: udp(own6, netip.MustParseAddr("ff02::fb"), 1, 5353, ruleset.PktMulticast), open: true},
+		{name: "broadcast", hook: "ingress", packet: udp(own4, all255, 1, 1, ruleset.PktBroadcast), open: true, isolated: true}, // TestGroups
+		{name: "IPv4 multicast", hook: "ingress", packet: udp(own4, netip.MustParseAddr("224.0.0.251"), 1, 5353, ruleset.PktMulticast), open: true, isolated: true},
+		{name: "IPv6 multicast", hook: "ingress", packet: udp(own6, netip.MustParseAddr("ff02::fb"), 1, 5353, ruleset.PktMulticast), open: true, isolated: true},
 		{name: "neighbour solicitation from another's address", hook: "ingress", packet: nd(other6, 135, 255)},
 		{name: "neighbour advertisement of its own address", hook: "ingress", packet: advertisement(own6, own6), open: true, isolated: true, closed: true},
 		{name: "neighbour advertisement of its link-local address", hook: "ingress", packet: advertisement(fe80, fe80), open: true, isolated: true, closed: true},
@@ -124,6 +124,52 @@ func TestLink(t *testing.T) {
 						t.Errorf("passes: %v, want %v; steps: %v", got, state.want, r.Steps)
 					}
 				})
+			}
+		}
+	}
+}
+
+// TestGroups holds that what an isolated pod sends to a group ends in the inet table, though a policy lets it send to everybody: the veth's
+// chain lets it pass.
+func TestGroups(t *testing.T) {
+	t.Parallel()
+	for _, bridge := range []string{"", "br0"} {
+		for _, isolated := range []bool{false, true} {
+			for _, ownNode := range []bool{false, true} {
+				in := linkInput(bridge, false, false)
+				in.Options.Cut, in.Options.AllowOwnNode = true, ownNode
+				if isolated {
+					p := &cluster.Policy{Namespace: "ns", Name: "all", Spec: networkingv1.NetworkPolicySpec{
+						PolicyTypes: []networkingv1.PolicyType{"Egress"}, Egress: []networkingv1.NetworkPolicyEgressRule{{}},
+					}}
+					in.Model.Apply(cluster.Change{Key: p.Key(), Object: p})
+				}
+				rs := Render(in).Ruleset
+				for _, to := range []string{"224.0.0.251", "239.1.1.1", "255.255.255.255", "ff02::fb", "ff0e::1", "192.0.2.1", "240.0.0.1", "223.255.255.255", "255.255.255.254", "2001:db8::1"} {
+					dst := netip.MustParseAddr(to)
+					src := own4
+					if dst.Is6() {
+						src = own6
+					}
+					for _, proto := range []uint8{ruleset.ProtoTCP, ruleset.ProtoUDP, ruleset.ProtoICMP, 2} {
+						for _, hook := range []string{"forward", "input"} {
+							group := dst.IsMulticast() || dst == broadcast
+							want := ruleset.Accept
+							if isolated && group && (hook == "forward" || !ownNode) {
+								want = ruleset.Drop
+							}
+							r, err := rs.Trace(hook, ruleset.Packet{
+								IIFName: "veth0", OIFName: "eth0", Src: src, Dst: dst, Proto: proto, Sport: 5353, Dport: 5353, HopLimit: 1, CT: ruleset.New, TCPFlags: ruleset.SYN,
+							})
+							if err != nil {
+								t.Fatal(err)
+							}
+							if r.Verdict != want {
+								t.Errorf("bridge %q, isolated %t, own node %t: protocol %d to %s at %s: verdict %v, want %v; steps: %v", bridge, isolated, ownNode, proto, to, hook, r.Verdict, want, r.Steps)
+							}
+						}
+					}
+				}
 			}
 		}
 	}

@@ -21,6 +21,12 @@ import (
 // CutTimeout is how long a revoked connection is kept: longer than UDP's conntrack timeouts (30 and 120 s), so that both ends have forgotten the connection too.
 const CutTimeout = 5 * time.Minute
 
+// The flags of a TCP packet that begins a connection, and those of any other.
+var (
+	onlySYN = ruleset.Flags{Mask: ruleset.FIN | ruleset.SYN | ruleset.RST | ruleset.ACK, Value: ruleset.SYN}
+	noSYN   = ruleset.Flags{Mask: onlySYN.Mask, Value: onlySYN.Value, Not: true}
+)
+
 // cutSize bounds the connections of one family that are kept; at about 150 bytes each.
 const cutSize = 1 << 17
 
@@ -110,11 +116,10 @@ func (r *renderer) revocation(established ruleset.Rule) {
 			r.table.Sets[name] = &ruleset.Set{Name: name, Key: []ruleset.KeyType{address}, Elements: map[ruleset.Elem]ruleset.Verdict{}}
 		}
 	}
-	tcp := ruleset.Equal(ruleset.L4Proto, ruleset.ProtoTCP)
 	r.chain(chainRevoked, nil, []ruleset.Rule{
 		ruleset.NewRule(ruleset.In{Fields: reply4, Set: setCut[0]}, ruleset.To(ruleset.Goto, chainCut)),
 		ruleset.NewRule(ruleset.In{Fields: reply6, Set: setCut[1]}, ruleset.To(ruleset.Goto, chainCut)),
-		ruleset.NewRule(tcp, ruleset.Flags{Mask: ruleset.FIN | ruleset.SYN | ruleset.RST | ruleset.ACK, Value: ruleset.SYN, Not: true}, ruleset.To(ruleset.Jump, chainMidstream)),
+		ruleset.NewRule(tcp, noSYN, ruleset.To(ruleset.Jump, chainMidstream)),
 	})
 	r.chain(chainCut, nil, []ruleset.Rule{ruleset.NewRule(tcp, ruleset.Counter{}, ruleset.Reject{TCPReset: true}), ruleset.NewRule(counted...)})
 	r.chain(chainMidstream, nil, []ruleset.Rule{
@@ -140,10 +145,9 @@ func (r *renderer) revocation(established ruleset.Rule) {
 // Service's address has to be made before DNAT. What begins a connection is the policies' business, and so is all of one that has
 // begun: a client that is allowed again may use its port again at once.
 func (r *renderer) beforeNAT() {
-	tcp := ruleset.Equal(ruleset.L4Proto, ruleset.ProtoTCP)
 	r.chain(chainBeforeNAT, &ruleset.Hook{Name: "prerouting", Priority: priorityBeforeNAT}, []ruleset.Rule{
 		ruleset.NewRule(ruleset.Invalid|ruleset.Established|ruleset.Related|ruleset.Untracked, accept),
-		ruleset.NewRule(tcp, ruleset.Flags{Mask: ruleset.FIN | ruleset.SYN | ruleset.RST | ruleset.ACK, Value: ruleset.SYN}, accept),
+		ruleset.NewRule(tcp, onlySYN, accept),
 		ruleset.NewRule(ruleset.In{Fields: origin4, Set: setCutBeforeNAT[0]}, ruleset.To(ruleset.Goto, chainCut)),
 		ruleset.NewRule(ruleset.In{Fields: origin6, Set: setCutBeforeNAT[1]}, ruleset.To(ruleset.Goto, chainCut)),
 	})

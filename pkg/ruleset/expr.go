@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"fmt"
+	"math/bits"
 	"net/netip"
 	"strconv"
 	"strings"
@@ -18,7 +19,7 @@ const (
 	IIFName     Field = iota + 1 // meta iifname
 	OIFName                      // oifname; only in sets
 	PktType                      // meta pkttype
-	EtherType                    // ether type
+	EtherType                    // bytes 12 and 13 of the link header: the EtherType, of a tag if there is one, whose inner one is meta protocol. In netdev only
 	L4Proto                      // meta l4proto: behind IPv6 extension headers
 	IPSaddr                      // ip saddr
 	IPDaddr                      // ip daddr
@@ -34,7 +35,7 @@ const (
 )
 
 var fieldText = map[Field]string{
-	IIFName: "iifname", OIFName: "oifname", PktType: "meta pkttype", EtherType: "ether type", L4Proto: "meta l4proto",
+	IIFName: "iifname", OIFName: "oifname", PktType: "meta pkttype", EtherType: "@ll,96,16", L4Proto: "meta l4proto",
 	IPSaddr: "ip saddr", IPDaddr: "ip daddr", IP6Saddr: "ip6 saddr", IP6Daddr: "ip6 daddr", IP6HopLimit: "ip6 hoplimit",
 	ICMPv6Type: "icmpv6 type", Sport: "th sport", Dport: "th dport", TCPFlags: "tcp flags",
 	ARPSaddr: "arp saddr ip", NDTarget: "@th,64,128",
@@ -124,7 +125,8 @@ const (
 	ACK
 )
 
-// CTState matches packets whose conntrack state is one of the bits.
+// CTState matches packets whose conntrack state is one of the bits. A packet has one state, so one bit, and all but one, are a comparison;
+// others take the kernel a mask as well.
 type CTState uint8
 
 // Bits of CTState.
@@ -134,7 +136,18 @@ const (
 	Related
 	New
 	Untracked
+
+	NotNew   = Invalid | Established | Related | Untracked
+	AnyState = NotNew | New
 )
+
+// Single returns the state of which s is the only one or, with not, the only one that is missing.
+func (s CTState) Single() (state CTState, not, ok bool) {
+	if not = bits.OnesCount8(uint8(s)) > 1; not {
+		s = AnyState &^ s
+	}
+	return s, not, bits.OnesCount8(uint8(s)) == 1
+}
 
 // Counter counts the packets and bytes that reach it.
 type Counter struct{}
@@ -258,12 +271,18 @@ func flagNames(bits uint8) string {
 // String returns the match in nft's syntax.
 func (s CTState) String() string {
 	var names []string
+	op := ""
+	if state, negated, ok := s.Single(); ok {
+		if s, op = state, "== "; negated {
+			op = not(true)
+		}
+	}
 	for i, n := range []string{"invalid", "established", "related", "new", "untracked"} {
 		if s&(1<<i) != 0 {
 			names = append(names, n)
 		}
 	}
-	return "ct state " + strings.Join(names, ",")
+	return "ct state " + op + strings.Join(names, ",")
 }
 
 // String returns the statement in nft's syntax.
@@ -319,7 +338,7 @@ func valueText(f Field, v string) string {
 	case PktType:
 		return []string{"host", "broadcast", "multicast", "other"}[v[0]&3]
 	case EtherType:
-		return fmt.Sprintf("0x%04x", uint16(v[0])<<8|uint16(v[1]))
+		return fmt.Sprintf("0x%x", uint16(v[0])<<8|uint16(v[1]))
 	case L4Proto:
 		return protoName(v[0])
 	case NDTarget:

@@ -19,7 +19,7 @@ var exprs = []struct {
 	{"packet type broadcast", NewRule(Equal(PktType, PktBroadcast)), `meta pkttype broadcast`},
 	{"packet type multicast", NewRule(Equal(PktType, PktMulticast)), `meta pkttype multicast`},
 	{"packet type other", NewRule(Not(Equal(PktType, PktOther))), `meta pkttype != other`},
-	{"ether type", NewRule(Equal16(EtherType, EtherARP)), `ether type 0x0806`},
+	{"ether type", NewRule(Equal16(EtherType, EtherARP)), `@ll,96,16 0x806`},
 	{"protocol", NewRule(Equal(L4Proto, ProtoICMP)), `meta l4proto icmp`},
 	{"protocol icmpv6", NewRule(Equal(L4Proto, ProtoICMPv6)), `meta l4proto ipv6-icmp`},
 	{"protocol without a name", NewRule(Equal(L4Proto, 253)), `meta l4proto 253`},
