@@ -11,8 +11,13 @@ import (
 // The kernel can filter a dump by a tuple's addresses (CTA_FILTER, Linux 5.8). Older ones ignore the attribute, and up to at
 // least 6.18 what is left of IPv6 entries is the opposite: those without the address (ctnetlink_filter_match_tuple takes
 // ipv6_addr_cmp, which is 0 for equal addresses, for a predicate). So a filter is trusted only after it has been seen to find
-// what was asked for, and its finds are looked at in any case. Deletion by filter, which the kernel offers too, would delete
-// the wrong entries, and all of them where it is not supported.
+// what was asked for, and its finds are looked at in any case.
+//
+// A deletion by filter (Linux 6.12) cannot be looked at before it is done. It is used in IPv4 only, where the filter is right; in
+// IPv6 it would delete everybody else's entries. And its message has only one other reading. What empties the table is a deletion
+// without a tuple; this one has a tuple, of a single address. Kernels that do not delete by filter, whether they know CTA_FILTER or not,
+// read that as the tuple of one entry and answer EINVAL, since the other address and CTA_TUPLE_PROTO are missing
+// (ctnetlink_del_conntrack, ctnetlink_parse_tuple).
 
 // filterState is what is known of the kernel's filter in one address family.
 type filterState int
@@ -101,6 +106,12 @@ func (s selection) family() (uint8, bool) {
 func (s selection) matches(e *entry) bool {
 	is := func(want, ip netip.Addr) bool { return !want.IsValid() || want == ip }
 	return is(s.origSrc, e.orig.src) && is(s.origDst, e.orig.dst) && is(s.replySrc, e.reply.src) && is(s.replyDst, e.reply.dst)
+}
+
+// appendFlush appends the payload of the message that has the kernel delete a selection's IPv4 entries, in all zones. A kernel
+// that did not read the selection would still spare the other family's by the version (ctnetlink_del_conntrack).
+func (s selection) appendFlush(b []byte) []byte {
+	return s.appendFilter(append(b, unix.AF_INET, nfnetlinkV1, 0, 0))
 }
 
 // appendFilter appends the attributes that have the kernel select. Flags are in its byte order.

@@ -141,7 +141,7 @@ func TestKernelFilter(t *testing.T) {
 	back := pair(unix.IPPROTO_UDP, "10.0.0.4", 1001, "10.0.0.3", 80)
 	back.reply.src, back.reply.dst = addr("10.0.0.2"), addr("10.0.0.1")
 	create(t, table, nat, back, pair(unix.IPPROTO_TCP, "fd00::1", 1001, "fd00::2", 80), echo("10.0.0.1", "10.0.0.4", 1))
-	s, err := table.socket()
+	s, err := table.looks.socket()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -2,6 +2,7 @@ package conntrack
 
 import (
 	"bytes"
+	stdcmp "cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -262,6 +263,7 @@ func addr(s string) netip.Addr { return netip.MustParseAddr(s) }
 type made struct {
 	orig, reply tuple
 	zone        uint16
+	state       uint8 // of TCP; 0 is ESTABLISHED
 }
 
 // pair returns an entry without NAT.
@@ -285,7 +287,7 @@ func echo(src, dst string, id uint16) made {
 func create(t testing.TB, table *Table, list ...made) {
 	t.Helper()
 	const ctaTimeout = 7
-	s, err := table.socket()
+	s, err := table.looks.socket()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -306,7 +308,7 @@ func create(t testing.TB, table *Table, list ...made) {
 			s.out = appendBE32(s.out, ctaStatus, uint32(SeenReply|Assured|Confirmed))
 			if e.orig.proto == unix.IPPROTO_TCP {
 				s.out = appendNested(s.out, ctaProtoinfo, func(b []byte) []byte {
-					return appendNested(b, ctaProtoinfoTCP, func(b []byte) []byte { return appendBytes(b, ctaProtoinfoTCPState, 3) })
+					return appendNested(b, ctaProtoinfoTCP, func(b []byte) []byte { return appendBytes(b, ctaProtoinfoTCPState, stdcmp.Or(e.state, 3)) })
 				})
 			}
 			s.end(m)
@@ -545,8 +547,8 @@ func TestThousands(t *testing.T) {
 				t.Errorf("flow of %s: %s", ip, text(f))
 			}
 		}
-		if got, err := table.Forget([]netip.Addr{ip}); got != n/100 || err != nil {
-			t.Errorf("Forget = %d, %v, want %d", got, err, n/100)
+		if err := table.Forget([]netip.Addr{ip}); err != nil {
+			t.Error(err)
 		}
 		rest := flows(t, table, Filter{})
 		if len(rest) != n-n/100 || slices.ContainsFunc(rest, func(f Flow) bool { return f.Src.Addr() == ip }) {
@@ -577,7 +579,7 @@ func TestOverrun(t *testing.T) {
 		}
 	}
 	small := func() {
-		s, err := table.socket()
+		s, err := table.looks.socket()
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -586,12 +588,12 @@ func TestOverrun(t *testing.T) {
 		}
 	}
 	small()
-	if s, err := table.socket(); err != nil {
+	if s, err := table.looks.socket(); err != nil {
 		t.Fatal(err)
 	} else if _, err := s.delete(gone); !errors.Is(err, unix.ENOBUFS) {
 		t.Fatalf("%d answers without an overrun: %v", len(gone), err)
 	}
-	table.reset()
+	table.looks.reset()
 	small()
 	if n, err := table.Delete(t.Context(), gone); n != 0 || err != nil {
 		t.Errorf("Delete of others = %d, %v, want 0", n, err)
@@ -644,8 +646,8 @@ func TestConcurrent(t *testing.T) {
 			if _, err := table.Delete(t.Context(), list[:len(list)/2]); err != nil {
 				t.Error(err)
 			}
-			if n, err := table.Forget([]netip.Addr{addr(fmt.Sprintf("10.2.0.%d", i))}); err != nil {
-				t.Error(n, err)
+			if err := table.Forget([]netip.Addr{addr(fmt.Sprintf("10.2.0.%d", i)), addr("fd02::99")}); err != nil {
+				t.Error(err)
 			}
 		})
 	}
@@ -674,8 +676,8 @@ func TestPrivilege(t *testing.T) {
 	if err := unix.Capset(&head, &less[0]); err != nil {
 		t.Fatal(err)
 	}
-	n, deleteErr := table.delete(t.Context(), list)
-	s, err := table.socket()
+	n, deleteErr := table.looks.delete(t.Context(), list)
+	s, err := table.looks.socket()
 	if err == nil {
 		err = s.dump(t.Context(), unix.AF_UNSPEC, selection{}, func(*entry) {})
 	}
@@ -690,7 +692,7 @@ func TestPrivilege(t *testing.T) {
 	if !errors.Is(err, unix.EPERM) {
 		t.Errorf("dump = %v, want EPERM", err)
 	}
-	table.reset()
+	table.looks.reset()
 	if got := flows(t, table, Filter{}); len(got) != 1 {
 		t.Errorf("flows: %v", got)
 	}

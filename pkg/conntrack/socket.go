@@ -26,6 +26,7 @@ const (
 	socketBuffer = 4 << 20
 
 	sizeofNfgenmsg = 4
+	nfnetlinkV1    = 1 // NFNETLINK_V1
 
 	typeNew    = unix.NFNL_SUBSYS_CTNETLINK << 8 // IPCTNL_MSG_CT_NEW
 	typeGet    = typeNew | 1
@@ -35,6 +36,7 @@ const (
 var (
 	errInterrupted = errors.New("the kernel interrupted the dump")
 	errNoAnswer    = errors.New("the kernel did not answer")
+	errNotIPv4     = errors.New("a selection for a flush is not of IPv4 addresses")
 )
 
 // socket is a netlink socket to conntrack. A library opens it, but sends and receives nothing: one allocation for each of
@@ -267,4 +269,50 @@ func (s *socket) delete(flows []Flow) (int, error) {
 		}
 	}
 	return deleted, refused
+}
+
+// flush has the kernel delete the entries of a selection, which has an IPv4 address: without any it would delete all. The kernel has
+// done so and queued its answer when sendto returns.
+func (s *socket) flush(sel selection) error {
+	if family, ok := sel.family(); !ok || family != unix.AF_INET {
+		return errNotIPv4
+	}
+	m := s.begin(typeDelete, unix.NLM_F_ACK)
+	s.out = sel.appendFlush(s.out)
+	s.end(m)
+	if err := s.send(); err != nil {
+		return err
+	}
+	return s.answer()
+}
+
+// answer reads the kernel's answer to the last message, which has been queued.
+func (s *socket) answer() error {
+	for {
+		b, err := s.receive(false)
+		switch {
+		case errors.Is(err, unix.EAGAIN):
+			return errNoAnswer
+		case err != nil:
+			return err
+		}
+		for len(b) > 0 {
+			var h header
+			var payload []byte
+			if h, payload, b, err = split(b); err != nil {
+				return err
+			}
+			if h.typ != unix.NLMSG_ERROR || h.seq != s.seq {
+				continue
+			}
+			no, ok := errno(payload)
+			switch {
+			case !ok:
+				return errMalformed
+			case no != 0:
+				return no
+			}
+			return nil
+		}
+	}
 }

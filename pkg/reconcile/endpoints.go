@@ -347,7 +347,7 @@ func (l *Loop) settle(in policy.Input) (bool, error) {
 		}
 	}
 	l.former = slices.DeleteFunc(l.former, func(ip netip.Addr) bool { return owned[ip] })
-	// At once: it takes a walk through the whole table, however many addresses there are.
+	// At once: where it takes a walk through the whole table, it is one, however many addresses there are.
 	if err := l.forget(append(ips, l.former...)); err != nil {
 		return false, err
 	}
@@ -401,7 +401,7 @@ func (l *Loop) forgetPickedUp(ips []netip.Addr) error {
 	if len(ips) == 0 {
 		return nil
 	}
-	if _, err := l.cfg.Connections.ForgetPickedUp(ips); err != nil {
+	if err := l.cfg.Connections.ForgetPickedUp(ips); err != nil {
 		return fmt.Errorf("forget the connections of %v that were picked up in the middle: %w", ips, err)
 	}
 	return nil
@@ -412,7 +412,7 @@ func (l *Loop) forget(ips []netip.Addr) error {
 	if len(ips) == 0 {
 		return nil
 	}
-	if _, err := l.cfg.Connections.Forget(ips); err != nil {
+	if err := l.cfg.Connections.Forget(ips); err != nil {
 		return fmt.Errorf("forget the connections of %v: %w", ips, err)
 	}
 	if l.revoker != nil {

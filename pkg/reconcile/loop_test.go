@@ -83,7 +83,7 @@ func (w *world) ShowBridged(string) error {
 }
 
 // Forget implements Connections.
-func (w *world) Forget(ips []netip.Addr) (int, error) {
+func (w *world) Forget(ips []netip.Addr) error {
 	closed := true
 	for _, ip := range ips {
 		v, ok := w.element("in4", ip)
@@ -91,11 +91,11 @@ func (w *world) Forget(ips []netip.Addr) (int, error) {
 		w.forgets = append(w.forgets, ip.String())
 	}
 	w.forgotten = append(w.forgotten, closed)
-	return len(ips), nil
+	return nil
 }
 
 // ForgetPickedUp implements Connections.
-func (w *world) ForgetPickedUp(ips []netip.Addr) (int, error) {
+func (w *world) ForgetPickedUp(ips []netip.Addr) error {
 	for _, ip := range ips {
 		if v, ok := w.element("in4", ip); !ok || v == policy.Quarantined {
 			w.pickedUp = append(w.pickedUp, ip.String()+" without its rules")
@@ -103,7 +103,7 @@ func (w *world) ForgetPickedUp(ips []netip.Addr) (int, error) {
 		}
 		w.pickedUp = append(w.pickedUp, ip.String())
 	}
-	return len(ips), nil
+	return nil
 }
 
 func (w *world) Flows(_ context.Context, filter conntrack.Filter, each func(conntrack.Flow)) error {

@@ -562,9 +562,9 @@ type busyTable struct {
 	err atomic.Pointer[error]
 }
 
-func (b *busyTable) Forget(ips []netip.Addr) (int, error) {
+func (b *busyTable) Forget(ips []netip.Addr) error {
 	if err := b.err.Load(); err != nil {
-		return 0, *err
+		return *err
 	}
 	return b.world.Forget(ips)
 }

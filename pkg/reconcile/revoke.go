@@ -20,11 +20,11 @@ import (
 
 // Connections are the tracked connections of the node.
 type Connections interface {
-	// Forget deletes the entries in which one of the addresses appears and returns how many there were.
-	Forget(ips []netip.Addr) (int, error)
+	// Forget deletes the entries in which one of the addresses appears.
+	Forget(ips []netip.Addr) error
 	// ForgetPickedUp is Forget for TCP connections that the kernel met in the middle: the first of their packets that it saw may
 	// have come from the server.
-	ForgetPickedUp(ips []netip.Addr) (int, error)
+	ForgetPickedUp(ips []netip.Addr) error
 	// Flows calls each for the entries that filter selects.
 	Flows(ctx context.Context, filter conntrack.Filter, each func(conntrack.Flow)) error
 	// Delete deletes exactly these entries; one that has ended is no error.

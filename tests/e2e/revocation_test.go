@@ -825,7 +825,7 @@ func TestObviousRevocation(t *testing.T) {
 			for _, ip := range r.client.Addrs {
 				ips = append(ips, ip)
 			}
-			if _, err := table.Forget(ips); err != nil {
+			if err := table.Forget(ips); err != nil {
 				t.Fatal(err)
 			}
 			// Behind a Service the server's packets do not find their client without the entry.
