@@ -207,6 +207,10 @@ var (
 var exprs = []ruleset.Rule{
 	rule(ruleset.Established|ruleset.Related, accept),
 	rule(ruleset.Invalid, ruleset.Counter{}, drop),
+	rule(ruleset.Established, accept),
+	rule(ruleset.NotNew, accept),
+	rule(ruleset.AnyState&^ruleset.Untracked, accept),
+	rule(ruleset.AnyState, accept),
 	rule(ruleset.New|ruleset.Untracked, accept),
 	rule(ruleset.Untracked, accept),
 	rule(ruleset.In{Fields: []ruleset.Field{ruleset.ICMPv6Type}, Set: "nd"}, accept),

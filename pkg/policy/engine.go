@@ -331,7 +331,7 @@ func (e *Engine) SetEndpoints(list []Endpoint) {
 }
 
 func sameEndpoint(a, b *Endpoint) bool {
-	return a.Name == b.Name && a.Pod == b.Pod && a.Link == b.Link && a.Bridge == b.Bridge && a.Device == b.Device && slices.Equal(a.IPs, b.IPs) && slices.Equal(a.Gateways, b.Gateways)
+	return a.Name == b.Name && a.Pod == b.Pod && a.Link == b.Link && a.Bridge == b.Bridge && a.Device == b.Device && a.Brief == b.Brief && a.Ended == b.Ended && slices.Equal(a.IPs, b.IPs) && slices.Equal(a.Gateways, b.Gateways)
 }
 
 // settle makes an endpoint count: it has its addresses, and its namespace's policies are compiled.
@@ -913,7 +913,7 @@ func (e *Engine) TightenedBy(d ruleset.Delta) (Tightened, Tightened) {
 			for elem, v := range op.Elements {
 				ip, ok := netip.AddrFromSlice([]byte(elem))
 				switch {
-				case !ok || v == Quarantined:
+				case !ok || Closed(v):
 				case op.Set.Name == mapEgress4 || op.Set.Name == mapEgress6:
 					now.Egress = append(now.Egress, ip)
 				default:
@@ -930,7 +930,7 @@ func (e *Engine) TightenedBy(d ruleset.Delta) (Tightened, Tightened) {
 	return order(now), order(late)
 }
 
-// vanished reports whether the addresses of elements of a peer set are nobody's any more.
+// vanished reports whether the addresses of elements of a peer set are nobody's any more, or only those of endpoints that have ended.
 func (e *Engine) vanished(s *liveSet, elements map[ruleset.Elem]ruleset.Verdict) bool {
 	if s.selector == nil {
 		return false
@@ -941,7 +941,8 @@ func (e *Engine) vanished(s *liveSet, elements map[ruleset.Elem]ruleset.Verdict)
 	}
 	for elem := range elements {
 		ip, ok := netip.AddrFromSlice([]byte(elem[:min(size, len(elem))]))
-		if !ok || e.local[ip] != nil || e.claimed[ip] != nil {
+		ended := slices.ContainsFunc(e.local[ip], func(ep *liveEndpoint) bool { return ep.Ended })
+		if !ok || !ended && (e.local[ip] != nil || e.claimed[ip] != nil) {
 			return false
 		}
 	}

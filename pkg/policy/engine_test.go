@@ -91,7 +91,7 @@ func union(a, b Tightened) Tightened {
 	return Tightened{Egress: of(a.Egress, b.Egress), Ingress: of(a.Ingress, b.Ingress)}
 }
 
-// vanished holds that nobody is looked at late but for addresses that no pod has.
+// vanished holds that nobody is looked at late but for addresses that no pod has, or an endpoint that has ended.
 func (w *world) vanished(late Tightened, d ruleset.Delta) {
 	if late.Empty() {
 		return
@@ -102,6 +102,11 @@ func (w *world) vanished(late Tightened, d ruleset.Delta) {
 		}
 		gone := true
 		for elem := range op.Elements {
+			if slices.ContainsFunc(w.endpoints(), func(e Endpoint) bool {
+				return e.Ended && slices.ContainsFunc(e.IPs, func(ip netip.Addr) bool { return strings.HasPrefix(string(elem), string(ruleset.AddrElem(ip))) })
+			}) {
+				continue
+			}
 			for pod := range w.engine.Model().Pods() {
 				gone = gone && !slices.ContainsFunc(pod.IPs, func(ip netip.Addr) bool {
 					return claims(pod) && strings.HasPrefix(string(elem), string(ruleset.AddrElem(ip)))
@@ -143,6 +148,7 @@ type world struct {
 type place struct {
 	id, link, bridge string
 	there            bool
+	brief, ended     bool         // when closed
 	pod              *cluster.Pod // nil: closed
 	ips              []netip.Addr
 }
@@ -176,7 +182,7 @@ func (w *world) endpoints() []Endpoint {
 		if !p.there {
 			continue
 		}
-		e := Endpoint{ID: p.id, Name: "ns/" + p.id, Pod: p.pod, Link: p.link, Bridge: p.bridge}
+		e := Endpoint{ID: p.id, Name: "ns/" + p.id, Pod: p.pod, Link: p.link, Bridge: p.bridge, Brief: p.pod == nil && p.brief, Ended: p.pod == nil && p.ended}
 		for _, ip := range p.ips {
 			if !taken[ip] {
 				e.IPs = append(e.IPs, ip)
@@ -323,7 +329,7 @@ func (w *world) step() {
 			at.there, at.ips = true, choose(w, at.pod.IPs, w.addresses())
 		}
 	case "close":
-		at.pod = nil
+		at.pod, at.brief, at.ended = nil, rapid.Bool().Draw(w.T, "brief"), rapid.Bool().Draw(w.T, "ended")
 	case "remove":
 		at.there = false
 	case "move":

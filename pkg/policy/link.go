@@ -227,8 +227,11 @@ func notOwn(e *Endpoint, f ruleset.Field) []ruleset.Expr {
 	return []ruleset.Expr{ruleset.Prefix{Field: f, Prefix: everything6}}
 }
 
-// Quarantined is the verdict of a closed endpoint's addresses in the verdict maps.
+// Quarantined is the verdict of a closed endpoint's addresses in the verdict maps, but for a brief one's.
 var Quarantined = ruleset.To(ruleset.Goto, chainQuarantine)
+
+// Closed reports whether a verdict in the verdict maps is that of a closed endpoint.
+func Closed(v ruleset.Verdict) bool { return v == Quarantined || v == drop }
 
 // LinkOf is what a ruleset tells about an endpoint by the chain of its host veth.
 type LinkOf struct {

@@ -18,6 +18,11 @@ type Endpoint struct {
 	Name string // namespace/name of the pod, for comments
 	// Pod gives namespace, labels and ports. A nil Pod is not known (yet, or no longer): the endpoint is closed both ways.
 	Pod *cluster.Pod
+	// Brief says of an endpoint without a Pod that it is about to be opened for the first time: its addresses are closed, and its link has no
+	// chains yet. That takes elements of sets only, for which the kernel does not validate the whole table (nft_table_validate).
+	Brief bool
+	// Ended says of an endpoint without a Pod that it is closed for good, and that the connections of its addresses are forgotten for that.
+	Ended bool
 	// IPs are the addresses that this endpoint owns, of both families. An address belongs to one endpoint at most.
 	IPs []netip.Addr
 	// Link is the host veth. It is empty for a pod that was adopted from the API by its IPs.

@@ -97,9 +97,14 @@ func sortProblems(list []Problem) []Problem {
 // endpoint renders one endpoint: closed when its pod is not known, else isolated in the directions that policies select.
 func (r *renderer) endpoint(e *Endpoint) {
 	if e.Pod == nil {
-		r.dispatch(e, mapEgress4, mapEgress6, chainQuarantine)
-		r.dispatch(e, mapIngress4, mapIngress6, chainQuarantine)
-		r.closedLink(e)
+		verdict := Quarantined
+		if e.Brief {
+			verdict = drop
+		} else {
+			r.closedLink(e)
+		}
+		r.dispatch(e, mapEgress4, mapEgress6, verdict)
+		r.dispatch(e, mapIngress4, mapIngress6, verdict)
 		return
 	}
 	var in, out []*compiled
@@ -116,12 +121,12 @@ func (r *renderer) endpoint(e *Endpoint) {
 	}
 	if in != nil {
 		r.podChain(e, prefixIngress, "ingress", in, r.ingress)
-		r.dispatch(e, mapIngress4, mapIngress6, prefixIngress+e.ID)
+		r.dispatch(e, mapIngress4, mapIngress6, ruleset.To(ruleset.Goto, prefixIngress+e.ID))
 		r.isolate(e, setIngressIsolated)
 	}
 	if out != nil {
 		r.podChain(e, prefixEgress, "egress", out, r.egress)
-		r.dispatch(e, mapEgress4, mapEgress6, prefixEgress+e.ID)
+		r.dispatch(e, mapEgress4, mapEgress6, ruleset.To(ruleset.Goto, prefixEgress+e.ID))
 		r.isolate(e, setEgressIsolated)
 	}
 	r.openLink(e, in != nil, out != nil)
@@ -136,14 +141,14 @@ func policyNames(list []*compiled) []string {
 	return names
 }
 
-// dispatch sends the endpoint's addresses to a chain.
-func (r *renderer) dispatch(e *Endpoint, map4, map6, chain string) {
+// dispatch gives the endpoint's addresses a verdict.
+func (r *renderer) dispatch(e *Endpoint, map4, map6 string, verdict ruleset.Verdict) {
 	for _, ip := range e.IPs {
 		m := map6
 		if ip.Is4() {
 			m = map4
 		}
-		r.table.Sets[m].Elements[ruleset.AddrElem(ip)] = ruleset.To(ruleset.Goto, chain)
+		r.table.Sets[m].Elements[ruleset.AddrElem(ip)] = verdict
 	}
 }
 

@@ -251,7 +251,7 @@ func tightened(t *ruleset.Table, which func(name string, e ruleset.Elem, v rules
 		var list []netip.Addr
 		for _, name := range names {
 			for e, v := range t.Sets[name].Elements {
-				if ip, ok := netip.AddrFromSlice([]byte(e)); ok && v != Quarantined && which(name, e, v) {
+				if ip, ok := netip.AddrFromSlice([]byte(e)); ok && !Closed(v) && which(name, e, v) {
 					list = append(list, ip)
 				}
 			}

@@ -24,6 +24,8 @@ type state struct {
 	pod    *cluster.Pod // as last seen: an object that is gone does not end the enforcement
 	// clean says that the addresses have been closed and the connections of a former owner forgotten since ADD (or DEL).
 	clean bool
+	// brief says that nothing of it is in the kernel yet: it is a new attachment. If it can be opened at once, closing its addresses is enough until then.
+	brief bool
 
 	named string // what id has returned
 }
@@ -59,7 +61,7 @@ func (l *Loop) wasOpen(e registry.Entry, owners map[netip.Addr]attach.Key) bool 
 	}
 	for _, ip := range e.IPs {
 		for _, m := range t.Sets {
-			if v := m.Elements[ruleset.AddrElem(ip)]; m.Map && v == policy.Quarantined {
+			if v := m.Elements[ruleset.AddrElem(ip)]; m.Map && policy.Closed(v) {
 				return false
 			}
 		}
@@ -90,6 +92,7 @@ func (l *Loop) refresh() (bool, error) {
 			if st != nil && st.entry.Seq == e.Seq {
 				next.link, next.hidden, next.pod = st.link, st.hidden, st.pod
 			}
+			next.brief = st == nil && !l.orphaned(next.id())
 			st, changed = next, true
 			l.states[e.Key] = st
 		}
@@ -113,7 +116,7 @@ func (l *Loop) refresh() (bool, error) {
 		}
 		seen[e.Key] = true
 		l.inputs.restless = l.inputs.restless || st.link == nil || st.hidden != nil
-		if pod := l.podOf(&st.entry); pod != nil && (st.pod == nil || !pod.Equal(st.pod)) {
+		if pod := l.podOf(&st.entry); pod != nil && pod != st.pod && (st.pod == nil || !pod.Equal(st.pod)) {
 			st.pod = pod // one that is made up here is another one each time
 		}
 	}
@@ -222,6 +225,9 @@ func (l *Loop) collect() policy.Input {
 		}
 		if l.open(st) {
 			e.Pod = st.pod
+		} else {
+			e.Brief = st.brief && !st.entry.Detached && st.pod != nil && st.link != nil
+			e.Ended = st.entry.Detached
 		}
 		attached[st.entry.Pod.String()] = true
 		in.Endpoints = append(in.Endpoints, e)
@@ -349,6 +355,10 @@ func (l *Loop) settle(in policy.Input) (bool, error) {
 	l.former = slices.DeleteFunc(l.former, func(ip netip.Addr) bool { return owned[ip] })
 	// At once: where it takes a walk through the whole table, it is one, however many addresses there are.
 	if err := l.forget(append(ips, l.former...)); err != nil {
+		for _, st := range closed { // It may take a while: they are closed with their links.
+			l.inputs.stale = l.inputs.stale || st.brief
+			st.brief = false
+		}
 		return false, err
 	}
 	l.former = nil
@@ -364,7 +374,8 @@ func (l *Loop) settle(in policy.Input) (bool, error) {
 	}
 	for _, st := range closed {
 		st.clean = true
-		again = again || l.open(st)
+		again = again || st.brief || l.open(st) // a brief one gets its chains in any case
+		st.brief = false
 	}
 	l.inputs.stale = l.inputs.stale || len(closed) > 0
 	return again, nil

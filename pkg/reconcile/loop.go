@@ -333,7 +333,8 @@ func (l *Loop) start(ctx context.Context) error {
 }
 
 // pass brings the kernel to what is desired now. A new attachment takes two transactions: one that closes its addresses, then
-// its predecessor's connections are forgotten, then one that opens it as its policies allow.
+// its predecessor's connections are forgotten, then one that opens it as its policies allow. The first has a few elements, the second all
+// of its chains.
 func (l *Loop) pass(ctx context.Context) error {
 	if !l.started {
 		if err := l.start(ctx); err != nil {
@@ -374,6 +375,9 @@ func (l *Loop) pass(ctx context.Context) error {
 		l.done(w)
 		l.refused.taken()
 		again, err := l.settle(w.in)
+		if again && err == nil && partial == nil {
+			continue // what is going to be opened is not shown as closed
+		}
 		l.publish(w)
 		l.markOpened(w.in)
 		if err = errors.Join(partial, err); err != nil || !again {

@@ -46,8 +46,9 @@ type world struct {
 	looked  []string // links that Lookup was asked for
 	hidden  bool     // bridged traffic cannot be seen
 	forgets []string
-	// forgotten records, at each call of Forget, whether the addresses were closed in the kernel.
+	// forgotten records, at each call of Forget, whether the addresses were closed in the kernel, and linked how many links had chains.
 	forgotten []bool
+	linked    []int
 	pickedUp  []string // what ForgetPickedUp was called for
 }
 
@@ -87,17 +88,18 @@ func (w *world) Forget(ips []netip.Addr) error {
 	closed := true
 	for _, ip := range ips {
 		v, ok := w.element("in4", ip)
-		closed = closed && ok && v == policy.Quarantined
+		closed = closed && ok && policy.Closed(v)
 		w.forgets = append(w.forgets, ip.String())
 	}
 	w.forgotten = append(w.forgotten, closed)
+	w.linked = append(w.linked, len(policy.Links(w.kernel.Ruleset())))
 	return nil
 }
 
 // ForgetPickedUp implements Connections.
 func (w *world) ForgetPickedUp(ips []netip.Addr) error {
 	for _, ip := range ips {
-		if v, ok := w.element("in4", ip); !ok || v == policy.Quarantined {
+		if v, ok := w.element("in4", ip); !ok || policy.Closed(v) {
 			w.pickedUp = append(w.pickedUp, ip.String()+" without its rules")
 			continue
 		}
@@ -234,6 +236,12 @@ func TestAttach(t *testing.T) {
 		if diff := cmp.Diff([]bool{true}, w.forgotten); diff != "" {
 			t.Errorf("connections were forgotten while the address was open: %s", diff)
 		}
+		if diff := cmp.Diff([]int{0}, w.linked); diff != "" {
+			t.Errorf("closing took more than elements: %s", diff)
+		}
+		if n := len(policy.Links(w.kernel.Ruleset())); n != 1 {
+			t.Errorf("%d links have chains", n)
+		}
 		id := policy.ID("attachment", "c1", "eth0")
 		if v, _ := w.element("in4", ip1); v != ruleset.To(ruleset.Goto, "in_"+id) {
 			t.Errorf("in4 has %v", v)
@@ -285,6 +293,9 @@ func TestUnknownPod(t *testing.T) {
 				}
 				if v, _ := w.element("in4", ip1); v != policy.Quarantined {
 					t.Errorf("the pod is not closed: %v", v)
+				}
+				if n := len(policy.Links(w.kernel.Ruleset())); n != 1 {
+					t.Errorf("%d links are closed", n)
 				}
 				if _, err := w.Check(t.Context(), a.Key); !errors.Is(err, ErrNotReady) {
 					t.Errorf("Check: %v, want ErrNotReady", err)

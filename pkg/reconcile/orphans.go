@@ -41,6 +41,11 @@ func (l *Loop) findOrphans() error {
 	return l.lookAtOrphans()
 }
 
+// orphaned reports whether the kernel has chains of an endpoint that had lost its registration.
+func (l *Loop) orphaned(id string) bool {
+	return slices.ContainsFunc(l.orphans, func(o orphan) bool { return o.id == id })
+}
+
 // lookAtOrphans forgets those whose link has ended.
 func (l *Loop) lookAtOrphans() error {
 	var errs []error

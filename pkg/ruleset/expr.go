@@ -142,8 +142,9 @@ const (
 )
 
 // Single returns the state of which s is the only one or, with not, the only one that is missing.
-func (s CTState) Single() (state CTState, not, ok bool) {
-	if not = bits.OnesCount8(uint8(s)) > 1; not {
+func (s CTState) Single() (CTState, bool, bool) {
+	not := bits.OnesCount8(uint8(s)) > 1
+	if not {
 		s = AnyState &^ s
 	}
 	return s, not, bits.OnesCount8(uint8(s)) == 1
