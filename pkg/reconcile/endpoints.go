@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"maps"
 	"net/netip"
 	"slices"
 
@@ -393,7 +392,11 @@ func (l *Loop) unclean() bool {
 // markOpened notes the opening of attachments in the registry. What fails is made up for by the next daemon that finds them open.
 func (l *Loop) markOpened(in policy.Input) {
 	marked := func(st *state) bool { return st.entry.Opened || st.entry.Detached || !st.clean }
-	if !slices.ContainsFunc(slices.Collect(maps.Values(l.states)), func(st *state) bool { return !marked(st) }) {
+	all := true
+	for _, st := range l.states {
+		all = all && marked(st)
+	}
+	if all {
 		return
 	}
 	for i, st := range l.sortedStates() {
