@@ -85,7 +85,7 @@ func BenchmarkForget(b *testing.B) {
 	})
 }
 
-// BenchmarkForgetNothing looks for addresses that have no entries, as most pods' new ones have none: by four walks of the kernel's for each,
+// BenchmarkForgetNothing looks for addresses that have no entries, as most pods' new ones have none: by two walks of the kernel's for each,
 // and by a dump. Forget chooses between them by these figures.
 func BenchmarkForgetNothing(b *testing.B) {
 	for _, size := range []int{0, 1000, manyEntries} {

@@ -194,8 +194,8 @@ func (l *Loop) podOf(e *registry.Entry) *cluster.Pod {
 
 // input returns what the ruleset is rendered from.
 func (l *Loop) input() policy.Input {
-	if l.inputs.stale {
-		l.inputs.stale = false
+	if l.inputs.stale || l.inputs.settled {
+		l.inputs.stale, l.inputs.settled = false, false
 		l.inputs.version++
 		l.inputs.last = l.collect()
 	}
@@ -355,7 +355,7 @@ func (l *Loop) settle(in policy.Input) (bool, error) {
 	// At once: where it takes a walk through the whole table, it is one, however many addresses there are.
 	if err := l.forget(append(ips, l.former...)); err != nil {
 		for _, st := range closed { // It may take a while: they are closed with their links.
-			l.inputs.stale = l.inputs.stale || st.brief
+			l.inputs.settled = l.inputs.settled || st.brief
 			st.brief = false
 		}
 		return false, err
@@ -376,7 +376,7 @@ func (l *Loop) settle(in policy.Input) (bool, error) {
 		again = again || st.brief || l.open(st) // a brief one gets its chains in any case
 		st.brief = false
 	}
-	l.inputs.stale = l.inputs.stale || len(closed) > 0
+	l.inputs.settled = l.inputs.settled || len(closed) > 0
 	return again, nil
 }
 

@@ -137,6 +137,7 @@ type view struct {
 // inputs are the node's own part of what the ruleset is rendered from. It is collected anew when something of it may have changed.
 type inputs struct {
 	stale    bool
+	settled  bool // nothing of it has changed but how clean attachments are
 	last     policy.Input
 	attached map[string]bool // namespace/name of the pods of attachments
 	restless bool            // there is an attachment whose link is to be looked at in each pass

@@ -20,7 +20,7 @@ import (
 
 // Connections are the tracked connections of the node.
 type Connections interface {
-	// Forget deletes the entries in which one of the addresses appears.
+	// Forget deletes the entries of connections of which one of the addresses is an end.
 	Forget(ips []netip.Addr) error
 	// ForgetPickedUp is Forget for TCP connections that the kernel met in the middle: the first of their packets that it saw may
 	// have come from the server.

@@ -64,7 +64,7 @@ func (l *Loop) publish(w wanted) {
 	now, _ := l.current()
 	refused := w.whole != nil || len(l.refused.endpoints)+len(l.refused.left) > 0
 	i := &l.inputs
-	if now.ready && now.err == nil && !refused && !i.refusedShown && !i.stale && i.shown == i.version && i.engineShown == l.engine.Version() {
+	if now.ready && now.err == nil && !refused && !i.refusedShown && !i.stale && !i.settled && i.shown == i.version && i.engineShown == l.engine.Version() {
 		return
 	}
 	i.shown, i.engineShown, i.refusedShown = i.version, l.engine.Version(), refused
