@@ -27,8 +27,8 @@ const (
 // base renders what does not depend on any pod.
 //
 // Two base chains on forward, because accept ends only its own: what egress policy of the sender accepts still meets ingress
-// policy of the receiver, without marks and without a chain per pair of pods. output is not hooked: what the node itself
-// sends to its pods is exempt by its origin, not by an address that somebody could forge.
+// policy of the receiver, without marks and without a chain per pair of pods. What the node itself sends to its pods is exempt by
+// its origin, not by an address that somebody could forge: output is hooked for revoked connections only.
 func (r *renderer) base() {
 	for _, m := range []struct {
 		name string
@@ -37,6 +37,7 @@ func (r *renderer) base() {
 		r.table.Sets[m.name] = &ruleset.Set{Name: m.name, Key: []ruleset.KeyType{m.key}, Map: true, Elements: map[ruleset.Elem]ruleset.Verdict{}}
 	}
 	addICMPv6Sets(r.table)
+	// What is RELATED the chains of isolated pods accept: others are in no map.
 	established := ruleset.NewRule(ruleset.Established, accept)
 	// Nothing of it is TCP, which most new connections are.
 	common := ruleset.NewRule(ruleset.Not(tcp), ruleset.To(ruleset.Jump, chainCommon))
@@ -49,13 +50,15 @@ func (r *renderer) base() {
 		ruleset.NewRule(ruleset.Dispatch{Fields: []ruleset.Field{ruleset.IP6Daddr}, Map: mapIngress6}),
 	}
 	head := []ruleset.Rule{established, common}
-	first := head // of what packets meet first: it sees to revoked connections
-	var other []ruleset.Rule
+	// first is what packets of pods meet first. No ipBlock and no exemption is meant for groups, which are nobody's address.
+	first := append(head[:2:2],
+		ruleset.NewRule(ruleset.Prefix{Field: ruleset.IPDaddr, Prefix: above4}, ruleset.To(ruleset.Jump, chainGroups)),
+		ruleset.NewRule(ruleset.Prefix{Field: ruleset.IP6Daddr, Prefix: multicast6}, ruleset.To(ruleset.Jump, chainGroups)))
+	r.isolatedSets(setEgressIsolated)
 	if r.in.Options.Cut {
-		r.revocation(established)
-		// A SYN begins another connection, which is the policies' business; what is not TCP gets there by chainCommon.
-		first = append(first, ruleset.NewRule(tcp, noSYN, ruleset.To(ruleset.Jump, chainRevoked)))
-		other = []ruleset.Rule{ruleset.NewRule(ruleset.To(ruleset.Jump, chainRevoked))}
+		r.isolatedSets(setIngressIsolated)
+		r.revocation()
+		first = append(first, ruleset.NewRule(ruleset.To(ruleset.Jump, chainRevoked)))
 	}
 	r.chain(chainEgress, &ruleset.Hook{Name: "forward", Priority: priorityEgress}, first, bySource)
 	// What is left is not for a registered address: if it leads to an isolated pod all the same, it is for one that CNI did not
@@ -69,12 +72,17 @@ func (r *renderer) base() {
 	}
 	r.chain(chainNode, &ruleset.Hook{Name: "input", Priority: priorityIngress}, node...)
 	r.chain(chainCommon, nil, passICMPv6(), []ruleset.Rule{
-		// A DHCP client without an address yet, and the answer to it.
+		// A DHCP client without an address yet. The answer is to nobody who is in a map, and no isolated pod may give it.
 		ruleset.NewRule(ruleset.Address(ruleset.IPSaddr, netip.IPv4Unspecified()), ruleset.Address(ruleset.IPDaddr, broadcast), udp, ruleset.Equal16(ruleset.Sport, 68), ruleset.Equal16(ruleset.Dport, 67), accept),
-		ruleset.NewRule(ruleset.Address(ruleset.IPDaddr, broadcast), udp, ruleset.Equal16(ruleset.Sport, 67), ruleset.Equal16(ruleset.Dport, 68), accept),
-	}, other)
+	})
 	r.chain(chainNotNew, nil, []ruleset.Rule{ruleset.NewRule(ruleset.Related, accept), dropRule(ruleset.Invalid)})
-	r.chain(chainGroups, nil, []ruleset.Rule{dropRule(ruleset.Prefix{Field: ruleset.IPDaddr, Prefix: multicast4}), dropRule(ruleset.Address(ruleset.IPDaddr, broadcast))})
+	from4 := ruleset.In{Fields: []ruleset.Field{ruleset.IPSaddr}, Set: setEgressIsolated[0]}
+	from6 := ruleset.In{Fields: []ruleset.Field{ruleset.IP6Saddr}, Set: setEgressIsolated[1]}
+	r.chain(chainGroups, nil, []ruleset.Rule{
+		dropRule(from4, ruleset.Prefix{Field: ruleset.IPDaddr, Prefix: multicast4}),
+		dropRule(from4, ruleset.Address(ruleset.IPDaddr, broadcast)),
+		dropRule(from6),
+	})
 	r.chain(chainQuarantine, nil, []ruleset.Rule{ruleset.NewRule(ruleset.Counter{}, drop)})
 }
 

@@ -941,8 +941,9 @@ func (e *Engine) vanished(s *liveSet, elements map[ruleset.Elem]ruleset.Verdict)
 	}
 	for elem := range elements {
 		ip, ok := netip.AddrFromSlice([]byte(elem[:min(size, len(elem))]))
-		ended := slices.ContainsFunc(e.local[ip], func(ep *liveEndpoint) bool { return ep.Ended })
-		if !ok || !ended && (e.local[ip] != nil || e.claimed[ip] != nil) {
+		local := e.local[ip]
+		here := slices.ContainsFunc(local, func(ep *liveEndpoint) bool { return !ep.Ended })
+		if !ok || here || local == nil && e.claimed[ip] != nil {
 			return false
 		}
 	}

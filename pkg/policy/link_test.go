@@ -137,7 +137,7 @@ func TestGroups(t *testing.T) {
 		for _, isolated := range []bool{false, true} {
 			for _, ownNode := range []bool{false, true} {
 				in := linkInput(bridge, false, false)
-				in.Options.Cut, in.Options.AllowOwnNode = true, ownNode
+				in.Options.Cut, in.Options.AllowOwnNode = ownNode, ownNode
 				if isolated {
 					p := &cluster.Policy{Namespace: "ns", Name: "all", Spec: networkingv1.NetworkPolicySpec{
 						PolicyTypes: []networkingv1.PolicyType{"Egress"}, Egress: []networkingv1.NetworkPolicyEgressRule{{}},
@@ -151,21 +151,23 @@ func TestGroups(t *testing.T) {
 					if dst.Is6() {
 						src = own6
 					}
-					for _, proto := range []uint8{ruleset.ProtoTCP, ruleset.ProtoUDP, ruleset.ProtoICMP, 2} {
+					ports := [][2]uint16{{5353, 5353}, {67, 68}, {68, 67}, {546, 547}}
+					for _, c := range [][2]uint8{{ruleset.ProtoTCP}, {ruleset.ProtoUDP}, {ruleset.ProtoUDP, 1}, {ruleset.ProtoUDP, 2}, {ruleset.ProtoUDP, 3}, {ruleset.ProtoICMP}, {2}} {
+						proto, sport, dport := c[0], ports[c[1]][0], ports[c[1]][1]
 						for _, hook := range []string{"forward", "input"} {
 							group := dst.IsMulticast() || dst == broadcast
 							want := ruleset.Accept
-							if isolated && group && (hook == "forward" || !ownNode) {
+							if isolated && group {
 								want = ruleset.Drop
 							}
 							r, err := rs.Trace(hook, ruleset.Packet{
-								IIFName: "veth0", OIFName: "eth0", Src: src, Dst: dst, Proto: proto, Sport: 5353, Dport: 5353, HopLimit: 1, CT: ruleset.New, TCPFlags: ruleset.SYN,
+								IIFName: "veth0", OIFName: "eth0", Src: src, Dst: dst, Proto: proto, Sport: sport, Dport: dport, HopLimit: 1, CT: ruleset.New, TCPFlags: ruleset.SYN,
 							})
 							if err != nil {
 								t.Fatal(err)
 							}
 							if r.Verdict != want {
-								t.Errorf("bridge %q, isolated %t, own node %t: protocol %d to %s at %s: verdict %v, want %v; steps: %v", bridge, isolated, ownNode, proto, to, hook, r.Verdict, want, r.Steps)
+								t.Errorf("bridge %q, isolated %t, own node %t: protocol %d, ports %d and %d to %s at %s: verdict %v, want %v; steps: %v", bridge, isolated, ownNode, proto, sport, dport, to, hook, r.Verdict, want, r.Steps)
 							}
 						}
 					}

@@ -14,7 +14,7 @@ const (
 	chainNode       = "node"       // input hook, filter: what pods send to their own node
 	chainCommon     = "common"     // what passes between all pods: neighbour discovery, multicast listeners, DHCP
 	chainNotNew     = "notnew"     // what of an isolated pod neither begins a connection nor belongs to one
-	chainGroups     = "groups"     // what isolated pods send to IPv4 groups, or beyond them
+	chainGroups     = "groups"     // what is sent to groups, and in IPv4 beyond them
 	chainQuarantine = "quarantine" // endpoints that are not known
 
 	chainOutput    = "output"     // output hook, filter: what the node sends to pods, for revoked connections only

@@ -157,11 +157,6 @@ func (r *renderer) dispatch(e *Endpoint, map4, map6 string, verdict ruleset.Verd
 func (r *renderer) podChain(e *Endpoint, prefix, direction string, policies []*compiled, jumpTo jumper) {
 	c := &ruleset.Chain{Name: prefix + e.ID}
 	c.Rules = append(c.Rules, ruleset.NewRule(ruleset.NotNew, ruleset.To(ruleset.Jump, chainNotNew)).WithComment(e.Name+" "+direction))
-	if prefix == prefixEgress { // A group is nobody's address, whatever an ipBlock names.
-		c.Rules = append(c.Rules,
-			ruleset.NewRule(ruleset.Prefix{Field: ruleset.IPDaddr, Prefix: above4}, ruleset.To(ruleset.Jump, chainGroups)),
-			dropRule(ruleset.Prefix{Field: ruleset.IP6Daddr, Prefix: multicast6}))
-	}
 	for _, p := range policies {
 		if rule, ok := jumpTo(p, e.Pod); ok {
 			c.Rules = append(c.Rules, rule)

@@ -107,14 +107,9 @@ func cutSet(names [2]string, family int) *ruleset.Set {
 }
 
 // revocation renders what keeps revoked connections dead.
-func (r *renderer) revocation(established ruleset.Rule) {
+func (r *renderer) revocation() {
 	for _, set := range CutSets() {
 		r.table.Sets[set.Name] = set
-	}
-	for i, address := range []ruleset.KeyType{ruleset.IPv4Addr, ruleset.IPv6Addr} {
-		for _, name := range []string{setEgressIsolated[i], setIngressIsolated[i]} {
-			r.table.Sets[name] = &ruleset.Set{Name: name, Key: []ruleset.KeyType{address}, Elements: map[ruleset.Elem]ruleset.Verdict{}}
-		}
 	}
 	r.chain(chainRevoked, nil, []ruleset.Rule{
 		ruleset.NewRule(ruleset.In{Fields: reply4, Set: setCut[0]}, ruleset.To(ruleset.Goto, chainCut)),
@@ -133,8 +128,11 @@ func (r *renderer) revocation(established ruleset.Rule) {
 		ruleset.NewRule(ruleset.In{Fields: origin6, Set: setCut[1]}, ruleset.To(ruleset.Goto, chainCut)),
 	})
 	// What the node sends to its pods is not judged, but a connection of a pod to the node that was revoked is not to come
-	// back by the node's next packet.
-	r.chain(chainOutput, &ruleset.Hook{Name: "output", Priority: priorityIngress}, []ruleset.Rule{established, ruleset.NewRule(ruleset.To(ruleset.Jump, chainRevoked))})
+	// back by the node's next packet. The resets that these rules make pass here, and are related to what they answer (nf_ct_attach).
+	r.chain(chainOutput, &ruleset.Hook{Name: "output", Priority: priorityIngress}, []ruleset.Rule{
+		ruleset.NewRule(ruleset.Established|ruleset.Related, accept),
+		ruleset.NewRule(ruleset.To(ruleset.Jump, chainRevoked)),
+	})
 	if r.in.CutBeforeNAT {
 		r.beforeNAT()
 	}
@@ -167,9 +165,15 @@ var (
 	reply6  = []ruleset.Field{ruleset.IP6Daddr, ruleset.Dport, ruleset.IP6Saddr, ruleset.Sport, ruleset.L4Proto}
 )
 
+func (r *renderer) isolatedSets(names [2]string) {
+	for i, address := range []ruleset.KeyType{ruleset.IPv4Addr, ruleset.IPv6Addr} {
+		r.table.Sets[names[i]] = &ruleset.Set{Name: names[i], Key: []ruleset.KeyType{address}, Elements: map[ruleset.Elem]ruleset.Verdict{}}
+	}
+}
+
 // isolate notes an endpoint's addresses as isolated in a direction.
 func (r *renderer) isolate(e *Endpoint, sets [2]string) {
-	if !r.in.Options.Cut {
+	if r.table.Sets[sets[0]] == nil {
 		return
 	}
 	for _, ip := range e.IPs {

@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"cmp"
 	"maps"
 	"net/netip"
 	"os"
@@ -101,8 +102,9 @@ func TestCut(t *testing.T) {
 		proto    uint8
 		src, dst string
 		flags    uint8
-		last     string // chain that decides
-		reject   bool   // by a reset
+		ct       ruleset.CTState // zero: new
+		last     string          // chain that decides
+		reject   bool            // by a reset
 		accept   bool
 	}{
 		{
@@ -113,6 +115,18 @@ func TestCut(t *testing.T) {
 			name: "server of a revoked connection", hook: "forward", proto: 6, src: "10.0.0.2:80", dst: "10.0.0.1:999", flags: data, last: "cut", reject: true,
 			cut: []Connection{{Proto: 6, Src: at("10.0.0.1:999"), Dst: at("10.0.0.2:80")}},
 		},
+		{
+			name: "server of a revoked connection, as if it began one", hook: "forward", proto: 6, src: "10.0.0.2:80", dst: "10.0.0.1:999", flags: syn, last: "cut", reject: true,
+			cut: []Connection{{Proto: 6, Src: at("10.0.0.1:999"), Dst: at("10.0.0.2:80")}},
+		},
+		{
+			name: "the reset of a revoked connection", hook: "output", proto: 6, src: "10.0.0.2:80", dst: "10.0.0.1:999", flags: ruleset.RST, ct: ruleset.Related, accept: true,
+			cut: []Connection{{Proto: 6, Src: at("10.0.0.1:999"), Dst: at("10.0.0.2:80")}},
+		},
+		{name: "the reset of a rejected connection", hook: "output", proto: 6, src: "10.0.0.2:80", dst: "10.0.0.1:999", flags: ruleset.RST | ruleset.ACK, ct: ruleset.Related, accept: true},
+		{name: "an ICMP error about an allowed connection", hook: "forward", proto: 1, src: "10.0.0.1:0", dst: "10.0.0.2:0", ct: ruleset.Related, accept: true},
+		{name: "invalid", hook: "forward", proto: 6, src: "10.0.0.1:999", dst: "10.0.0.2:5432", flags: data, ct: ruleset.Invalid, last: "notnew"},
+		{name: "untracked", hook: "forward", proto: 6, src: "10.0.0.1:999", dst: "10.0.0.2:5432", flags: data, ct: ruleset.Untracked, accept: true},
 		{
 			name: "server of a revoked IPv6 connection", hook: "forward", proto: 6, src: "[fd00::2]:80", dst: "[fd00::1]:999", flags: data, last: "cut", reject: true,
 			cut: []Connection{{Proto: 6, Src: at("[fd00::1]:999"), Dst: at("[fd00::2]:80")}},
@@ -154,7 +168,7 @@ func TestCut(t *testing.T) {
 			}
 			src, dst := at(tt.src), at(tt.dst)
 			got, err := rs.Trace(tt.hook, ruleset.Packet{
-				Src: src.Addr(), Dst: dst.Addr(), Proto: tt.proto, Sport: src.Port(), Dport: dst.Port(), TCPFlags: tt.flags, HopLimit: 64, CT: ruleset.New,
+				Src: src.Addr(), Dst: dst.Addr(), Proto: tt.proto, Sport: src.Port(), Dport: dst.Port(), TCPFlags: tt.flags, HopLimit: 64, CT: cmp.Or(tt.ct, ruleset.New),
 			})
 			if err != nil {
 				t.Fatal(err)

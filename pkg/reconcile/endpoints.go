@@ -335,6 +335,7 @@ func (l *Loop) settle(in policy.Input) (bool, error) {
 	again := false
 	owned := map[netip.Addr]bool{}
 	var closed, back []*state
+	brief := map[*state]bool{}
 	var ips, returned []netip.Addr
 	for i, st := range l.sortedStates() {
 		// Only addresses that it owns: a late DEL must not cut the connections of the pod that has the address now.
@@ -348,6 +349,7 @@ func (l *Loop) settle(in policy.Input) (bool, error) {
 			returned = append(returned, in.Endpoints[i].IPs...)
 		default:
 			closed = append(closed, st)
+			brief[st] = in.Endpoints[i].Brief
 			ips = append(ips, in.Endpoints[i].IPs...)
 		}
 	}
@@ -373,7 +375,7 @@ func (l *Loop) settle(in policy.Input) (bool, error) {
 	}
 	for _, st := range closed {
 		st.clean = true
-		again = again || st.brief || l.open(st) // a brief one gets its chains in any case
+		again = again || brief[st] || l.open(st) // a brief one gets its chains in any case
 		st.brief = false
 	}
 	l.inputs.settled = l.inputs.settled || len(closed) > 0

@@ -376,9 +376,6 @@ func (l *Loop) pass(ctx context.Context) error {
 		l.done(w)
 		l.refused.taken()
 		again, err := l.settle(w.in)
-		if again && err == nil && partial == nil {
-			continue // what is going to be opened is not shown as closed
-		}
 		l.publish(w)
 		l.markOpened(w.in)
 		if err = errors.Join(partial, err); err != nil || !again {
