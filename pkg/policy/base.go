@@ -2,6 +2,7 @@ package policy
 
 import (
 	"net/netip"
+	"slices"
 
 	"github.com/podwall/podwall/pkg/ruleset"
 )
@@ -51,9 +52,10 @@ func (r *renderer) base() {
 	}
 	head := []ruleset.Rule{established, common}
 	// first is what packets of pods meet first. No ipBlock and no exemption is meant for groups, which are nobody's address.
-	first := append(head[:2:2],
+	first := slices.Concat(head, []ruleset.Rule{
 		ruleset.NewRule(ruleset.Prefix{Field: ruleset.IPDaddr, Prefix: above4}, ruleset.To(ruleset.Jump, chainGroups)),
-		ruleset.NewRule(ruleset.Prefix{Field: ruleset.IP6Daddr, Prefix: multicast6}, ruleset.To(ruleset.Jump, chainGroups)))
+		ruleset.NewRule(ruleset.Prefix{Field: ruleset.IP6Daddr, Prefix: multicast6}, ruleset.To(ruleset.Jump, chainGroups)),
+	})
 	r.isolatedSets(setEgressIsolated)
 	if r.in.Options.Cut {
 		r.isolatedSets(setIngressIsolated)
