@@ -329,7 +329,7 @@ func (w *world) step() {
 			at.there, at.ips = true, choose(w, at.pod.IPs, w.addresses())
 		}
 	case "close":
-		at.pod, at.brief, at.ended = nil, rapid.Bool().Draw(w.T, "brief"), rapid.Bool().Draw(w.T, "ended")
+		at.pod, at.brief, at.ended = nil, rapid.Bool().Draw(w.T, "brief"), rapid.IntRange(0, 3).Draw(w.T, "ended") == 0
 	case "remove":
 		at.there = false
 	case "move":

@@ -124,6 +124,7 @@ func TestCut(t *testing.T) {
 			cut: []Connection{{Proto: 6, Src: at("10.0.0.1:999"), Dst: at("10.0.0.2:80")}},
 		},
 		{name: "the reset of a rejected connection", hook: "output", proto: 6, src: "10.0.0.2:80", dst: "10.0.0.1:999", flags: ruleset.RST | ruleset.ACK, ct: ruleset.Related, accept: true},
+		{name: "the reset of an invalid packet", hook: "output", proto: 6, src: "10.0.0.2:80", dst: "10.0.0.1:999", flags: ruleset.RST, ct: ruleset.Invalid, accept: true},
 		{name: "an ICMP error about an allowed connection", hook: "forward", proto: 1, src: "10.0.0.1:0", dst: "10.0.0.2:0", ct: ruleset.Related, accept: true},
 		{name: "invalid", hook: "forward", proto: 6, src: "10.0.0.1:999", dst: "10.0.0.2:5432", flags: data, ct: ruleset.Invalid, last: "notnew"},
 		{name: "untracked", hook: "forward", proto: 6, src: "10.0.0.1:999", dst: "10.0.0.2:5432", flags: data, ct: ruleset.Untracked, accept: true},

@@ -225,7 +225,8 @@ func (l *Loop) collect() policy.Input {
 		if l.open(st) {
 			e.Pod = st.pod
 		} else {
-			e.Brief = st.brief && !st.entry.Detached && st.pod != nil && st.link != nil
+			// A verdict map closes the way to the own node only if the own node's chain asks it.
+			e.Brief = st.brief && !st.entry.Detached && st.pod != nil && st.link != nil && !l.cfg.Policy.AllowOwnNode
 			e.Ended = st.entry.Detached
 		}
 		attached[st.entry.Pod.String()] = true
@@ -355,15 +356,16 @@ func (l *Loop) settle(in policy.Input) (bool, error) {
 	}
 	l.former = slices.DeleteFunc(l.former, func(ip netip.Addr) bool { return owned[ip] })
 	// At once: where it takes a walk through the whole table, it is one, however many addresses there are.
-	if err := l.forget(append(ips, l.former...)); err != nil {
+	err := l.forget(append(ips, l.former...))
+	if err == nil {
+		l.former = nil
+		err = l.forgetPickedUp(returned)
+	}
+	if err != nil {
 		for _, st := range closed { // It may take a while: they are closed with their links.
 			l.inputs.settled = l.inputs.settled || st.brief
 			st.brief = false
 		}
-		return false, err
-	}
-	l.former = nil
-	if err := l.forgetPickedUp(returned); err != nil {
 		return false, err
 	}
 	l.forgotten = make(map[netip.Addr]bool, len(ips))

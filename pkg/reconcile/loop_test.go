@@ -266,6 +266,22 @@ func TestAttach(t *testing.T) {
 	})
 }
 
+// TestAttachOwnNodeAllowed holds that the link is closed from the start where no verdict map is between a pod and its node.
+func TestAttachOwnNodeAllowed(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := startAs(t, false, nil, policy.Options{Table: "podwall", AllowOwnNode: true})
+		w.Apply(pod("a", "here"), denyAll("deny"))
+		w.Synced()
+		if err := w.Attach(within(t, time.Second), attachment("c1", "a", "10.0.0.1")); err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff([]int{1}, w.linked); diff != "" {
+			t.Errorf("links that were closed: %s", diff)
+		}
+	})
+}
+
 // TestUnknownPod holds that a pod that is not known in time stays closed, says why, and opens when it becomes known.
 func TestUnknownPod(t *testing.T) {
 	t.Parallel()

@@ -344,7 +344,7 @@ var mutants = []mutant{
 	},
 	{
 		"unknown-pod-open", "a pod that is attached and not known receives from everybody", renderGo,
-		[]edit{{"r.dispatch(e, mapIngress4, mapIngress6, chainQuarantine)\n", ""}},
+		[]edit{{"r.dispatch(e, mapIngress4, mapIngress6, verdict)\n", ""}},
 	},
 	{
 		"isolated-link-open", "an isolated pod on a routed veth receives on addresses that CNI did not report", linkGo,
@@ -508,7 +508,11 @@ var mutants = []mutant{
 		[]edit{{"concerns(&now, s.users, \"\")", "concerns(&now, nil, \"\")"}},
 	},
 	{
+		"groups-open", "an isolated pod sends to multicast groups", baseGo,
+		[]edit{{"dropRule(from4, ruleset.Prefix{", "ruleset.NewRule(from4, accept, ruleset.Prefix{"}},
+	},
+	{
 		"tightened-late", "the connections of a peer that is no friend any more are looked at late", engineGo,
-		[]edit{{"if !ok || e.local[ip] != nil || e.claimed[ip] != nil {", "if !ok {"}},
+		[]edit{{"if !ok || here || local == nil && e.claimed[ip] != nil {", "if !ok || here && local == nil {"}},
 	},
 }
