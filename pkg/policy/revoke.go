@@ -131,7 +131,7 @@ func (r *renderer) revocation() {
 	// back by the node's next packet. The resets that these rules make pass here, and are related to what they answer (nf_ct_attach).
 	r.chain(chainOutput, &ruleset.Hook{Name: "output", Priority: priorityIngress}, []ruleset.Rule{
 		ruleset.NewRule(ruleset.Established|ruleset.Related, accept),
-		ruleset.NewRule(tcp, ruleset.Flags{Mask: ruleset.RST, Value: ruleset.RST}, accept), // also what answers an invalid packet; it begins nothing
+		ruleset.NewRule(tcp, ruleset.Flags{Mask: ruleset.SYN | ruleset.RST, Value: ruleset.RST}, accept), // also what answers an invalid packet; it begins nothing
 		ruleset.NewRule(ruleset.To(ruleset.Jump, chainRevoked)),
 	})
 	if r.in.CutBeforeNAT {
