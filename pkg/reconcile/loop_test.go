@@ -3,6 +3,7 @@ package reconcile
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net/netip"
 	"os"
@@ -49,6 +50,7 @@ type world struct {
 	// forgotten records, at each call of Forget, whether the addresses were closed in the kernel, and linked how many links had chains.
 	forgotten []bool
 	linked    []int
+	meanwhile func()   // called by Forget
 	pickedUp  []string // what ForgetPickedUp was called for
 }
 
@@ -93,6 +95,9 @@ func (w *world) Forget(ips []netip.Addr) error {
 	}
 	w.forgotten = append(w.forgotten, closed)
 	w.linked = append(w.linked, len(policy.Links(w.kernel.Ruleset())))
+	if w.meanwhile != nil {
+		w.meanwhile()
+	}
 	return nil
 }
 
@@ -262,6 +267,40 @@ func TestAttach(t *testing.T) {
 		want := []PolicyStatus{{Namespace: "ns", Name: "deny", Pods: []string{"ns/a"}}}
 		if diff := cmp.Diff(want, w.Policies()); diff != "" {
 			t.Errorf("policies (-want +got):\n%s", diff)
+		}
+	})
+}
+
+// TestAttachAmongOthers holds that an ADD is answered when its own pod is open, though others come all the time.
+func TestAttachAmongOthers(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, true, nil)
+		w.Synced()
+		const forgetting, others = 5 * time.Millisecond, 50
+		var done sync.WaitGroup
+		n := 0
+		w.meanwhile = func() {
+			if n++; n <= others {
+				id, ip := fmt.Sprint("c", n), fmt.Sprint("10.0.1.", n)
+				done.Go(func() {
+					if err := w.Attach(within(t, time.Second), attachment(id, id, ip)); err != nil {
+						t.Errorf("Attach %s: %v", id, err)
+					}
+				})
+			}
+			time.Sleep(forgetting)
+		}
+		begin := time.Now()
+		if err := w.Attach(within(t, time.Second), attachment("first", "a", "10.0.0.1")); err != nil {
+			t.Fatal(err)
+		}
+		if took := time.Since(begin); took > 3*forgetting {
+			t.Errorf("the first ADD was answered after %v, a Forget takes %v", took, forgetting)
+		}
+		done.Wait()
+		if n <= others {
+			t.Errorf("only %d others came", n)
 		}
 	})
 }
