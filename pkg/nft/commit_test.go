@@ -423,11 +423,11 @@ func TestForeignUserData(t *testing.T) {
 		"two records":  userdata.AppendUint32(commentData("x"), userdata.TypeEbtablesPolicy, 1),
 		"unquotable":   userdata.AppendString(nil, userdata.TypeComment, `a"b`),
 	} {
-		if r, ok := decodeRule(ruleset.Inet, nil, verdict, data); ok {
+		if r, ok := decodeRule(ruleset.Inet, verdict, data); ok {
 			t.Errorf("%s: decoded as %q", name, r)
 		}
 	}
-	if r, ok := decodeRule(ruleset.Inet, nil, verdict, commentData("x")); !ok || r.String() != `accept comment "x"` {
+	if r, ok := decodeRule(ruleset.Inet, verdict, commentData("x")); !ok || r.String() != `accept comment "x"` {
 		t.Errorf("decoded as %q, %v", r, ok)
 	}
 }

@@ -81,7 +81,7 @@ func newExpr(name string) expr.Any {
 
 // decodeRule returns the rule that encodeRule translates to exactly these expressions, if there is one. That the
 // translation is repeated and compared means that the decoder need not be strict.
-func decodeRule(family ruleset.Family, hook *ruleset.Hook, exprs []expr.Any, userData []byte) (ruleset.Rule, bool) {
+func decodeRule(family ruleset.Family, exprs []expr.Any, userData []byte) (ruleset.Rule, bool) {
 	dec := &decoder{}
 	for _, e := range exprs {
 		if !dec.decode(e) {
@@ -92,7 +92,7 @@ func decodeRule(family ruleset.Family, hook *ruleset.Hook, exprs []expr.Any, use
 	if comment := comment(userData); comment != "" {
 		rule = rule.WithComment(comment)
 	}
-	again, err := encodeRule(family, hook, rule)
+	again, err := encodeRule(family, rule)
 	if err != nil || !reflect.DeepEqual(exprs, again) || !bytes.Equal(userData, commentData(rule.Comment)) {
 		return ruleset.Rule{}, false
 	}

@@ -336,7 +336,7 @@ func (b *batch) elements(op ruleset.Op, begin func()) error {
 
 func (b *batch) rules(i int, op ruleset.Op, family byte) error {
 	for n, r := range op.Chain.Rules {
-		exprs, err := encodeRule(op.Table.Family, op.Chain.Hook, r)
+		exprs, err := encodeRule(op.Table.Family, r)
 		if err != nil {
 			return fmt.Errorf("rule %q: %w", r, err)
 		}
@@ -401,15 +401,14 @@ func commentData(comment string) []byte {
 // is bytes 12 to 15 of the network header only if the packet is IPv4. Unlike nft it puts that one first of all (version).
 type encoder struct {
 	family ruleset.Family
-	hook   *ruleset.Hook // of the rule's chain
 	// What is known from a match before.
 	ip     ipVersion
 	icmpv6 bool
 	out    []expr.Any
 }
 
-func encodeRule(family ruleset.Family, hook *ruleset.Hook, r ruleset.Rule) ([]expr.Any, error) {
-	enc := &encoder{family: family, hook: hook}
+func encodeRule(family ruleset.Family, r ruleset.Rule) ([]expr.Any, error) {
+	enc := &encoder{family: family}
 	if enc.ip = version(r); enc.ip != 0 {
 		if err := enc.matchIP(); err != nil {
 			return nil, err

@@ -366,7 +366,7 @@ func (tx *fakeTx) rules(t *ruleset.Table, op ruleset.Op) error {
 	}
 	for _, r := range op.Chain.Rules {
 		// The kernel would not get to see a rule that cannot be encoded either.
-		if _, err := encodeRule(t.ID.Family, c.Hook, r); err != nil {
+		if _, err := encodeRule(t.ID.Family, r); err != nil {
 			tx.at = op.Name()
 			return fmt.Errorf("rule %q: %w", r, err)
 		}

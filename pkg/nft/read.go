@@ -274,7 +274,7 @@ func (r reader) rules(table netlink.Attribute) error {
 			return nil
 		}
 		if exprs, ok := decodeExprs(r.family, list); ok {
-			if rule, ok := decodeRule(r.table.ID.Family, c.Hook, exprs, userData); ok {
+			if rule, ok := decodeRule(r.table.ID.Family, exprs, userData); ok {
 				c.Rules = append(c.Rules, rule)
 				return nil
 			}

@@ -145,7 +145,7 @@ func (r *renderer) revocation() {
 // begun: a client that is allowed again may use its port again at once.
 func (r *renderer) beforeNAT() {
 	r.chain(chainBeforeNAT, &ruleset.Hook{Name: "prerouting", Priority: priorityBeforeNAT}, []ruleset.Rule{
-		ruleset.NewRule(ruleset.Invalid|ruleset.Established|ruleset.Related|ruleset.Untracked, accept),
+		ruleset.NewRule(ruleset.NotNew, accept),
 		ruleset.NewRule(tcp, onlySYN, accept),
 		ruleset.NewRule(ruleset.In{Fields: origin4, Set: setCutBeforeNAT[0]}, ruleset.To(ruleset.Goto, chainCut)),
 		ruleset.NewRule(ruleset.In{Fields: origin6, Set: setCutBeforeNAT[1]}, ruleset.To(ruleset.Goto, chainCut)),

@@ -137,6 +137,7 @@ const (
 	New
 	Untracked
 
+	// All states but one, and all.
 	NotNew   = Invalid | Established | Related | Untracked
 	AnyState = NotNew | New
 )
