@@ -206,6 +206,9 @@ func (c *Client) failure(req request, resp *http.Response) error {
 	}
 	var e Error
 	if json.Unmarshal(data, &e) == nil && e.Code != 0 {
+		if e.Error() == "" {
+			e.Msg = fmt.Sprintf("podwalld on %s answered %s %s with status %d and does not say why", c.socket, req.method, req.path, resp.StatusCode)
+		}
 		return &e
 	}
 	switch resp.StatusCode {
