@@ -376,6 +376,9 @@ func TestForeign(t *testing.T) {
 		"a mask that is no prefix":                  "insert rule inet podwall pod ip saddr & 255.0.255.0 == 10.0.1.0 accept",
 		"a limit per minute":                        "insert rule inet podwall pod limit rate 10/minute accept",
 		"a limit over":                              "insert rule inet podwall pod limit rate over 10/second accept",
+		"a limit for each, that is over":            "add set inet podwall f { type ipv4_addr; size 9; flags dynamic,timeout; timeout 1m; }; insert rule inet podwall pod update @f { ip saddr counter limit rate over 10/second burst 20 packets } accept",
+		"a limit for each, for a time of its own":   "add set inet podwall f { type ipv4_addr; size 9; flags dynamic,timeout; timeout 1m; }; insert rule inet podwall pod update @f { ip saddr timeout 5m counter limit rate 10/second burst 20 packets } accept",
+		"a set that packets fill":                   "add set inet podwall f { type ipv4_addr; size 9; flags dynamic,timeout; timeout 1m; }; insert rule inet podwall pod add @f { ip saddr } accept",
 		"a log with a level":                        `insert rule inet podwall pod log prefix "x" level debug`,
 		"a reject that is not ours":                 "insert rule inet podwall pod reject with icmp type host-unreachable",
 		"a mark":                                    "insert rule inet podwall pod meta mark set 1",
@@ -572,7 +575,7 @@ func genRules(t *rapid.T, tab *ruleset.Table, hook *ruleset.Hook, targets []stri
 		r := rapid.SampledFrom(exprs).Draw(t, "rule")
 		refers := slices.ContainsFunc(r.Exprs, func(e ruleset.Expr) bool {
 			switch e := e.(type) {
-			case ruleset.In, ruleset.Dispatch, ruleset.CTState, ruleset.Reject: // conntrack and reject need an IP hook
+			case ruleset.In, ruleset.Dispatch, ruleset.LimitEach, ruleset.CTState, ruleset.Reject: // conntrack and reject need an IP hook
 				return true
 			case ruleset.Verdict:
 				return e.Chain != ""

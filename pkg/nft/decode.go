@@ -69,6 +69,8 @@ func newExpr(name string) expr.Any {
 		return &expr.Counter{}
 	case "limit":
 		return &expr.Limit{}
+	case "dynset":
+		return &expr.Dynset{}
 	case "log":
 		return &expr.Log{}
 	case "reject":
@@ -138,6 +140,15 @@ func (dec *decoder) decode(e expr.Any) bool {
 		dec.put(ruleset.Counter{})
 	case *expr.Limit:
 		dec.put(ruleset.Limit{PerSecond: uint32(e.Rate), Burst: e.Burst})
+	case *expr.Dynset:
+		if len(dec.held) != 1 || len(e.Exprs) == 0 {
+			return false
+		}
+		l, ok := e.Exprs[len(e.Exprs)-1].(*expr.Limit)
+		if !ok {
+			return false
+		}
+		dec.put(ruleset.LimitEach{Field: dec.held[0], Set: e.SetName, PerSecond: uint32(l.Rate), Burst: l.Burst})
 	case *expr.Log:
 		dec.put(ruleset.Log{Prefix: string(e.Data), Group: e.Group, Snaplen: e.Snaplen})
 	case *expr.Reject:

@@ -239,6 +239,9 @@ func (b *batch) set(table ruleset.TableID, s *ruleset.Set) error {
 	if s.Timeout > 0 {
 		flags |= unix.NFT_SET_TIMEOUT
 	}
+	if s.Dynamic {
+		flags |= unix.NFT_SET_EVAL
+	}
 	b.text(unix.NFTA_SET_TABLE, table.Name)
 	b.text(unix.NFTA_SET_NAME, s.Name)
 	b.u32(unix.NFTA_SET_FLAGS, flags)
@@ -447,6 +450,8 @@ func fieldsOf(e ruleset.Expr) []ruleset.Field {
 		return e.Fields
 	case ruleset.Dispatch:
 		return e.Fields
+	case ruleset.LimitEach:
+		return []ruleset.Field{e.Field}
 	}
 	return nil
 }
@@ -487,7 +492,13 @@ func (enc *encoder) encode(e ruleset.Expr) error {
 	case ruleset.Counter:
 		enc.add(&expr.Counter{})
 	case ruleset.Limit:
-		enc.add(&expr.Limit{Type: expr.LimitTypePkts, Rate: uint64(e.PerSecond), Unit: expr.LimitTimeSecond, Burst: e.Burst})
+		enc.add(limit(e))
+	case ruleset.LimitEach:
+		if err := enc.loadOne(e.Field); err != nil {
+			return err
+		}
+		each := []expr.Any{&expr.Counter{}, limit(ruleset.Limit{PerSecond: e.PerSecond, Burst: e.Burst})}
+		enc.add(&expr.Dynset{SrcRegKey: register(0), SetName: e.Set, Operation: unix.NFT_DYNSET_OP_UPDATE, Exprs: each})
 	case ruleset.Log:
 		enc.log(e)
 	case ruleset.Reject:
@@ -502,6 +513,10 @@ func (enc *encoder) encode(e ruleset.Expr) error {
 		return fmt.Errorf("expression %T is unknown", e)
 	}
 	return nil
+}
+
+func limit(l ruleset.Limit) *expr.Limit {
+	return &expr.Limit{Type: expr.LimitTypePkts, Rate: uint64(l.PerSecond), Unit: expr.LimitTimeSecond, Burst: l.Burst}
 }
 
 func (enc *encoder) cmp(e ruleset.Cmp) error {

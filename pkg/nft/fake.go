@@ -212,7 +212,7 @@ func addSet(t *ruleset.Table, s *ruleset.Set) error {
 	if old == nil {
 		t.Sets[s.Name] = &ruleset.Set{
 			Name: s.Name, Key: s.Key, Map: s.Map, Interval: s.Interval, Comment: ruleset.Comment(s.Comment),
-			Timeout: s.Timeout, Size: s.Size, Elements: map[ruleset.Elem]ruleset.Verdict{},
+			Timeout: s.Timeout, Size: s.Size, Dynamic: s.Dynamic, Elements: map[ruleset.Elem]ruleset.Verdict{},
 		}
 		return nil
 	}
@@ -242,6 +242,8 @@ func looksUp(set string) func(ruleset.Expr) bool {
 			return e.Set == set
 		case ruleset.Dispatch:
 			return e.Map == set
+		case ruleset.LimitEach:
+			return e.Set == set
 		}
 		return false
 	}
@@ -392,6 +394,8 @@ func refers(t *ruleset.Table, e ruleset.Expr) error {
 		name = e.Set
 	case ruleset.Dispatch:
 		name, verdictMap = e.Map, true
+	case ruleset.LimitEach:
+		name = e.Set
 	default:
 		return nil
 	}

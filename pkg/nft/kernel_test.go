@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
@@ -260,6 +261,9 @@ var exprs = []ruleset.Rule{
 	rule(ruleset.Equal(ruleset.PktType, ruleset.PktBroadcast), drop),
 	rule(ruleset.Equal(ruleset.PktType, ruleset.PktMulticast), drop),
 	rule(ruleset.Limit{PerSecond: 10, Burst: 20}, ruleset.Log{Prefix: "i0123456789", Group: 77, Snaplen: 96}),
+	rule(ruleset.LimitEach{Field: ruleset.IPSaddr, Set: "ed4", PerSecond: 10, Burst: 20}, ruleset.Log{Prefix: "e", Group: 77, Snaplen: 96}),
+	rule(ruleset.LimitEach{Field: ruleset.IP6Saddr, Set: "ed6", PerSecond: 10, Burst: 20}, accept),
+	rule(ruleset.Equal(ruleset.L4Proto, ruleset.ProtoTCP), ruleset.In{Fields: []ruleset.Field{ruleset.Dport}, Set: "pr"}, accept),
 	rule(ruleset.Log{Prefix: "no snaplen", Group: 1}),
 	rule(ruleset.Counter{}, drop),
 	rule(ruleset.Equal(ruleset.L4Proto, ruleset.ProtoTCP), ruleset.Reject{TCPReset: true}),
@@ -268,6 +272,12 @@ var exprs = []ruleset.Rule{
 	rule(drop).WithComment(strings.Repeat("c", 127)),
 	rule(ruleset.Dispatch{Fields: []ruleset.Field{ruleset.IPSaddr}, Map: "eg4"}),
 	rule(ruleset.Dispatch{Fields: []ruleset.Field{ruleset.IP6Saddr}, Map: "eg6"}),
+}
+
+func dynamic(name string, key ruleset.KeyType) *ruleset.Set {
+	s := set(name, key)
+	s.Dynamic, s.Timeout, s.Size = true, 10*time.Minute, 100
+	return s
 }
 
 // everything is a ruleset with each kind of object in each form that podwall uses.
@@ -282,6 +292,8 @@ func everything() ruleset.Ruleset {
 		ruleset.RangeElem(addr("::"), addr("::1")),
 		ruleset.RangeElem(addr("fd00::"), addr("fd00::ffff:ffff")))
 	b6.Interval = true
+	pr := with(set("pr", ruleset.InetService), ruleset.PortRangeElem(0, 9), ruleset.PortRangeElem(80, 80), ruleset.PortRangeElem(81, 90), ruleset.PortRangeElem(60000, 65535))
+	pr.Interval = true
 	empty := set("b4_empty", ruleset.IPv4Addr)
 	empty.Interval = true
 	np4 := with(set("np4", ruleset.IPv4Addr, ruleset.InetProto, ruleset.InetService),
@@ -299,7 +311,7 @@ func everything() ruleset.Ruleset {
 			with(set("cut4", ruleset.IPv4Addr, ruleset.InetService, ruleset.IPv4Addr, ruleset.InetService, ruleset.InetProto),
 				"\x0a\x00\x00\x01\x00\x50\x0a\x00\x00\x02\x9c\x40\x06"),
 			set("cut6", ruleset.IPv6Addr, ruleset.InetService, ruleset.IPv6Addr, ruleset.InetService, ruleset.InetProto),
-			b4, b6, empty, set(long, ruleset.IPv4Addr),
+			b4, b6, pr, empty, dynamic("ed4", ruleset.IPv4Addr), dynamic("ed6", ruleset.IPv6Addr), set(long, ruleset.IPv4Addr),
 			verdictMap("eg4", ruleset.IPv4Addr, map[ruleset.Elem]ruleset.Verdict{
 				ruleset.AddrElem(addr("10.0.0.1")): ruleset.To(ruleset.Goto, "pod"),
 				ruleset.AddrElem(addr("10.0.0.2")): ruleset.To(ruleset.Jump, long),

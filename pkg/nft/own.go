@@ -184,8 +184,8 @@ func (k *Kernel) whole(t *ruleset.Table) (bool, error) {
 		if s.Key == nil {
 			return false, nil
 		}
-		if s.Timeout == 0 {
-			continue
+		if s.Timeout == 0 || s.Dynamic {
+			continue // what rules put into a set they put there again
 		}
 		// Elements with a timeout are not read back; they expire.
 		elems, err := r.dumpElements(s, netlink.Attribute{Data: []byte(t.ID.Name + "\x00")})

@@ -319,7 +319,8 @@ func (r reader) sets(table netlink.Attribute) error {
 		}
 		s.Map, s.Interval = flags&unix.NFT_SET_MAP != 0, flags&unix.NFT_SET_INTERVAL != 0
 		s.Timeout = time.Duration(timeout) * time.Millisecond //nolint:gosec // what Kernel wrote, or nothing that matters
-		foreign := flags&^(unix.NFT_SET_MAP|unix.NFT_SET_INTERVAL|unix.NFT_SET_TIMEOUT|setConcatenated) != 0 || s.Map && dataType != unix.NFT_DATA_VERDICT
+		s.Dynamic = flags&unix.NFT_SET_EVAL != 0
+		foreign := flags&^(unix.NFT_SET_MAP|unix.NFT_SET_INTERVAL|unix.NFT_SET_TIMEOUT|unix.NFT_SET_EVAL|setConcatenated) != 0 || s.Map && dataType != unix.NFT_DATA_VERDICT
 		if !foreign {
 			s.Key = decodeKey(keyType)
 		}

@@ -2,15 +2,72 @@ package nft
 
 import (
 	"errors"
+	"net"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/podwall/podwall/pkg/ruleset"
 )
+
+// TestDynamicSet holds that what a rule puts into a set is not the ruleset's, that each value has a limit of its own, and that it does not keep a
+// table from being made anew by who is to own it.
+func TestDynamicSet(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	const burst = 5
+	rs := ruleset.Ruleset{table(inet, dynamic("ed4", ruleset.IPv4Addr), base("output", "output", "", 0,
+		rule(ruleset.LimitEach{Field: ruleset.IPSaddr, Set: "ed4", PerSecond: 1, Burst: burst}, ruleset.Counter{}, accept),
+		rule(ruleset.Counter{}, drop)))}
+	n.mustCommit(t, nil, rs)
+	passed := map[string]int{}
+	n.in(t, func() error {
+		if err := netlink.LinkSetUp(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Name: "lo"}}); err != nil {
+			return err
+		}
+		receiver, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 9)}) // else there are answers
+		if err != nil {
+			return err
+		}
+		defer receiver.Close() //nolint:errcheck // nothing to lose
+		for from, packets := range map[string]int{"127.0.0.1": 500, "127.0.0.2": 3} {
+			sender, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.ParseIP(from)})
+			if err != nil {
+				return err
+			}
+			for range packets {
+				switch _, err := sender.WriteTo([]byte{1}, receiver.LocalAddr()); {
+				case err == nil:
+					passed[from]++
+				case !errors.Is(err, unix.EPERM): // which is what a drop on the way out answers
+					return err
+				}
+			}
+			_ = sender.Close()
+		}
+		return nil
+	})
+	if p := passed["127.0.0.1"]; p < burst || p > 2*burst || passed["127.0.0.2"] != 3 {
+		t.Errorf("%v packets passed, at most %d of each source may at once", passed, burst)
+	}
+	listing := n.nft(t, "", "list", "set", "inet", "podwall", "ed4")
+	for _, want := range []string{"127.0.0.1 counter packets 500 ", "127.0.0.2 counter packets 3 "} {
+		if !strings.Contains(listing, want) {
+			t.Errorf("nft does not list %q: %s", want, listing)
+		}
+	}
+	same(t, n.mustRead(t), rs)
+	if d := ruleset.Diff(n.mustRead(t), rs); !d.Empty() {
+		t.Errorf("a difference: %v", d)
+	}
+	if whole, err := n.whole(n.mustRead(t)[0]); err != nil || !whole {
+		t.Errorf("whole: %t, %v", whole, err)
+	}
+}
 
 // TestTimedSet holds that the elements of a set with a timeout come and go beside the ruleset: neither read-back nor a difference
 // looks at them, they can be read by themselves, and no more fit than the set's size.

@@ -136,7 +136,7 @@ func diffTable(from, to *Table, d *Delta) {
 func otherSets(a, b *Table) bool {
 	for name, s := range b.Sets {
 		if old := a.Sets[name]; old != nil && old != s &&
-			(old.Map != s.Map || old.Interval != s.Interval || old.Timeout != s.Timeout || old.Size != s.Size || !slices.Equal(old.Key, s.Key)) {
+			(old.Map != s.Map || old.Interval != s.Interval || old.Timeout != s.Timeout || old.Dynamic != s.Dynamic || old.Size != s.Size || !slices.Equal(old.Key, s.Key)) {
 			return true
 		}
 	}

@@ -157,6 +157,14 @@ type Counter struct{}
 // Limit matches at most PerSecond packets a second after a burst.
 type Limit struct{ PerSecond, Burst uint32 }
 
+// LimitEach matches at most PerSecond packets a second after a burst, for each value of a field apart. Set is Dynamic: an element of it
+// keeps the state of a value, and counts its packets.
+type LimitEach struct {
+	Field            Field
+	Set              string
+	PerSecond, Burst uint32
+}
+
 // Log sends the first Snaplen bytes of the packet to an NFLOG group.
 type Log struct {
 	Prefix  string
@@ -185,18 +193,19 @@ type Verdict struct {
 	Chain string
 }
 
-func (Cmp) expr()      {}
-func (Prefix) expr()   {}
-func (Range) expr()    {}
-func (In) expr()       {}
-func (Dispatch) expr() {}
-func (Flags) expr()    {}
-func (CTState) expr()  {}
-func (Counter) expr()  {}
-func (Limit) expr()    {}
-func (Log) expr()      {}
-func (Reject) expr()   {}
-func (Verdict) expr()  {}
+func (Cmp) expr()       {}
+func (Prefix) expr()    {}
+func (Range) expr()     {}
+func (In) expr()        {}
+func (Dispatch) expr()  {}
+func (Flags) expr()     {}
+func (CTState) expr()   {}
+func (Counter) expr()   {}
+func (Limit) expr()     {}
+func (LimitEach) expr() {}
+func (Log) expr()       {}
+func (Reject) expr()    {}
+func (Verdict) expr()   {}
 
 // Equal matches field == one byte.
 func Equal(f Field, v uint8) Cmp { return Cmp{Field: f, Value: string([]byte{v})} }
@@ -293,6 +302,11 @@ func (Counter) String() string { return "counter" }
 // String returns the statement in nft's syntax.
 func (l Limit) String() string {
 	return fmt.Sprintf("limit rate %d/second burst %d packets", l.PerSecond, l.Burst)
+}
+
+// String returns the statement in nft's syntax.
+func (l LimitEach) String() string {
+	return fmt.Sprintf("update @%s { %s counter %s }", l.Set, l.Field, Limit{l.PerSecond, l.Burst})
 }
 
 // String returns the statement in nft's syntax.

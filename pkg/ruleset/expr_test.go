@@ -49,6 +49,7 @@ var exprs = []struct {
 	{"conntrack state", NewRule(Established | Related), `ct state established,related`},
 	{"conntrack states", NewRule(Invalid | New | Untracked), `ct state invalid,new,untracked`},
 	{"counter", NewRule(Counter{}), `counter`},
+	{"limit for each", NewRule(LimitEach{Field: IP6Saddr, Set: "ed6", PerSecond: 10, Burst: 20}, Log{Prefix: "e", Group: 77, Snaplen: 96}), `update @ed6 { ip6 saddr counter limit rate 10/second burst 20 packets } log prefix "e" group 77 snaplen 96`},
 	{"limit and log", NewRule(Limit{PerSecond: 10, Burst: 20}, Log{Prefix: "i01", Group: 77, Snaplen: 96}), `limit rate 10/second burst 20 packets log prefix "i01" group 77 snaplen 96`},
 	{"reset", NewRule(Equal(L4Proto, ProtoTCP), Reject{TCPReset: true}), `meta l4proto tcp reject with tcp reset`},
 	{"reject", NewRule(Reject{}), `reject with icmpx type admin-prohibited`},

@@ -116,6 +116,9 @@ func ifName(name string) string {
 // RangeElem returns the element of an interval set that covers from to to, both included.
 func RangeElem(from, to netip.Addr) Elem { return Elem(from.AsSlice()) + Elem(to.AsSlice()) }
 
+// PortRangeElem is RangeElem for ports.
+func PortRangeElem(from, to uint16) Elem { return Elem(be16(from) + be16(to)) }
+
 // PortElem returns the inet_proto . inet_service key.
 func PortElem(proto uint8, port uint16) Elem {
 	return Elem([]byte{proto, byte(port >> 8), byte(port)})
@@ -139,8 +142,10 @@ type Set struct {
 	Comment  string // at most 127 bytes reach the kernel
 	// Timeout makes the elements end by themselves. Those of such a set are not the ruleset's: they come and go beside it,
 	// so Diff and read-back leave them alone. Size is how many it can hold; the kernel answers ENFILE to one more.
-	Timeout  time.Duration
-	Size     uint32
+	Timeout time.Duration
+	Size    uint32
+	// Dynamic says that rules put elements into the set. It has a Timeout.
+	Dynamic  bool
 	Elements map[Elem]Verdict // the verdict is the zero value in plain sets
 }
 

@@ -63,7 +63,11 @@ func (s *Set) write(b *strings.Builder) {
 		b.WriteString("\t\tflags interval\n")
 	}
 	if s.Timeout > 0 {
-		fmt.Fprintf(b, "\t\tsize %d\n\t\tflags timeout\n\t\ttimeout %s\n", s.Size, s.Timeout)
+		flags := "timeout"
+		if s.Dynamic {
+			flags = "dynamic,timeout"
+		}
+		fmt.Fprintf(b, "\t\tsize %d\n\t\tflags %s\n\t\ttimeout %s\n", s.Size, flags, s.Timeout)
 	}
 	if s.Comment != "" {
 		fmt.Fprintf(b, "\t\tcomment %q\n", s.Comment)

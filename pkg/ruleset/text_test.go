@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -30,8 +31,8 @@ func sample() Ruleset {
 	t := NewTable(inetTable)
 	eg4, eg6, p4, p6, pt, nd, b4, b6 := set("eg4", IPv4Addr), set("eg6", IPv6Addr), set("p4", IPv4Addr), set("p6", IPv6Addr),
 		set("pt", InetProto, InetService), set("nd", ICMPv6), set("b4", IPv4Addr), set("b6", IPv6Addr)
-	np4 := set("np4", IPv4Addr, InetProto, InetService)
-	for _, s := range []*Set{eg4, eg6, p4, p6, pt, nd, b4, b6, np4} {
+	np4, ed6, pr := set("np4", IPv4Addr, InetProto, InetService), set("ed6", IPv6Addr), set("pr", InetService)
+	for _, s := range []*Set{eg4, eg6, p4, p6, pt, nd, b4, b6, np4, ed6, pr} {
 		t.Sets[s.Name] = s
 	}
 	eg4.Map, eg6.Map = true, true
@@ -45,7 +46,11 @@ func sample() Ruleset {
 	pt.Elements[PortElem(253, 1)] = Verdict{}
 	np4.Elements[AddrPortElem(addr("10.244.0.9"), ProtoSCTP, 5000)] = Verdict{}
 	nd.Elements[Elem([]byte{135})] = Verdict{}
-	b4.Interval, b6.Interval = true, true
+	ed6.Dynamic, ed6.Timeout, ed6.Size = true, 10*time.Minute, 100
+	b4.Interval, b6.Interval, pr.Interval = true, true, true
+	pr.Elements[PortRangeElem(0, 80)] = Verdict{}
+	pr.Elements[PortRangeElem(443, 443)] = Verdict{}
+	pr.Elements[PortRangeElem(60000, 65535)] = Verdict{}
 	b4.Elements[RangeElem(addr("10.0.0.0"), addr("10.0.0.0"))] = Verdict{}
 	b4.Elements[RangeElem(addr("10.1.0.0"), addr("10.255.255.255"))] = Verdict{}
 	b4.Elements[RangeElem(addr("224.0.0.0"), addr("255.255.255.255"))] = Verdict{}
@@ -66,6 +71,7 @@ func sample() Ruleset {
 		NewRule(Equal(L4Proto, ProtoTCP), Equal16(Dport, 80), In{Fields: []Field{IPDaddr}, Set: "p4"}, Verdict{Kind: Accept}),
 		NewRule(In{Fields: []Field{IPDaddr, L4Proto, Dport}, Set: "np4"}, Verdict{Kind: Accept}),
 		NewRule(In{Fields: []Field{IPDaddr}, Set: "b4"}, Verdict{Kind: Accept}),
+		NewRule(Equal(L4Proto, ProtoTCP), In{Fields: []Field{Dport}, Set: "pr"}, Verdict{Kind: Accept}),
 	}}
 	n := NewTable(netdevTable)
 	n.Chains["ve_1"] = &Chain{Name: "ve_1", Hook: &Hook{Name: "ingress", Priority: -300, Device: "lo"}, Rules: []Rule{

@@ -172,7 +172,7 @@ func (t *tracer) rule(rule Rule) (Verdict, bool, error) {
 			return Verdict{Kind: Drop}, true, nil
 		case Verdict:
 			return e, true, nil
-		case Counter, Limit, Log: // neither filters nor decides
+		case Counter, Limit, LimitEach, Log: // neither filters nor decides
 		}
 		if !matched {
 			return Verdict{}, false, nil
