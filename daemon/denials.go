@@ -94,7 +94,7 @@ func (d *denials) read(ctx context.Context, said *string) error {
 
 // resolve names what is of this node.
 func (d *denials) resolve(p verdictlog.Packet) (verdictlog.Names, bool) {
-	direction, _, ok := policy.Denied(p.Prefix)
+	direction, ok := policy.Denied(p.Prefix)
 	if !ok {
 		return verdictlog.Names{}, false
 	}
@@ -188,7 +188,8 @@ A line is a flow: its packets within a second. DIRECTION says whose policies den
 the sender. POLICIES isolate that pod in that direction, and none of them allows this: one of them, or another one beside them, needs a
 rule for it. podwalld explain FROM TO PORT tells what each of them says.
 
-At most 10 packets a second, after 20 at once, are told per pod and direction; the counters in nft list table inet podwall have all.
+At most 10 packets a second, after 20 at once, are told per pod and direction; the counters in nft list table inet podwall have all
+(what pods send: by address, in its sets ed4 and ed6, until ten minutes after the last).
 Not here: pods that are closed (podwalld pods says why), connections that were ended by a change (the daemon's log), forged addresses
 and link-local traffic (counters of the table netdev podwall).
 `

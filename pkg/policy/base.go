@@ -2,7 +2,6 @@ package policy
 
 import (
 	"net/netip"
-	"slices"
 
 	"github.com/podwall/podwall/pkg/ruleset"
 )
@@ -10,6 +9,8 @@ import (
 var (
 	accept = ruleset.Verdict{Kind: ruleset.Accept}
 	drop   = ruleset.Verdict{Kind: ruleset.Drop}
+	// allowed ends what egress policies of the sender say.
+	allowed = ruleset.Verdict{Kind: ruleset.Return}
 )
 
 // ICMPv6 types (RFC 4861, 2710, 3810). Router advertisements and redirects are not among those that pass: a pod that sends
@@ -27,9 +28,10 @@ const (
 
 // base renders what does not depend on any pod.
 //
-// Two base chains on forward, because accept ends only its own: what egress policy of the sender accepts still meets ingress
-// policy of the receiver, without marks and without a chain per pair of pods. What the node itself sends to its pods is exempt by
-// its origin, not by an address that somebody could forge: output is hooked for revoked connections only.
+// One base chain on forward judges both ends of a packet, for each base chain costs every packet its call: what egress policy of the sender
+// allows returns to it, and only what ingress policy of the receiver allows is accepted. So there are no marks, and no chains per pair of
+// pods. What the node itself sends to its pods is exempt by its origin, not by an address that somebody could forge: output is hooked for
+// revoked connections only.
 func (r *renderer) base() {
 	for _, m := range []struct {
 		name string
@@ -38,7 +40,7 @@ func (r *renderer) base() {
 		r.table.Sets[m.name] = &ruleset.Set{Name: m.name, Key: []ruleset.KeyType{m.key}, Map: true, Elements: map[ruleset.Elem]ruleset.Verdict{}}
 	}
 	addICMPv6Sets(r.table)
-	// What is RELATED the chains of isolated pods accept: others are in no map.
+	// What is RELATED the chains of isolated pods let pass: others are in no map.
 	established := ruleset.NewRule(ruleset.Established, accept)
 	// Nothing of it is TCP, which most new connections are.
 	common := ruleset.NewRule(ruleset.Not(tcp), ruleset.To(ruleset.Jump, chainCommon))
@@ -50,29 +52,29 @@ func (r *renderer) base() {
 		ruleset.NewRule(ruleset.Dispatch{Fields: []ruleset.Field{ruleset.IPDaddr}, Map: mapIngress4}),
 		ruleset.NewRule(ruleset.Dispatch{Fields: []ruleset.Field{ruleset.IP6Daddr}, Map: mapIngress6}),
 	}
-	head := []ruleset.Rule{established, common}
 	// first is what packets of pods meet first. No ipBlock and no exemption is meant for groups, which are nobody's address.
-	first := slices.Concat(head, []ruleset.Rule{
+	first := []ruleset.Rule{
+		established,
+		common,
 		ruleset.NewRule(ruleset.Prefix{Field: ruleset.IPDaddr, Prefix: above4}, ruleset.To(ruleset.Jump, chainGroups)),
 		ruleset.NewRule(ruleset.Prefix{Field: ruleset.IP6Daddr, Prefix: multicast6}, ruleset.To(ruleset.Jump, chainGroups)),
-	})
+	}
 	r.isolatedSets(setEgressIsolated)
 	if r.in.Options.Cut {
 		r.isolatedSets(setIngressIsolated)
 		r.revocation()
 		first = append(first, ruleset.NewRule(ruleset.To(ruleset.Jump, chainRevoked)))
 	}
-	r.chain(chainEgress, &ruleset.Hook{Name: "forward", Priority: priorityEgress}, first, bySource)
 	// What is left is not for a registered address: if it leads to an isolated pod all the same, it is for one that CNI did not
 	// report. (On a bridge the link is not known here, and the port's own chain sees to it.)
 	r.table.Sets[setIsolatedLinks] = &ruleset.Set{Name: setIsolatedLinks, Key: []ruleset.KeyType{ruleset.IfName}, Elements: map[ruleset.Elem]ruleset.Verdict{}}
 	unregistered := dropRule(ruleset.In{Fields: []ruleset.Field{ruleset.OIFName}, Set: setIsolatedLinks})
-	r.chain(chainIngress, &ruleset.Hook{Name: "forward", Priority: priorityIngress}, head, byDestination, []ruleset.Rule{unregistered})
+	r.chain(chainForward, &ruleset.Hook{Name: "forward", Priority: priorityFilter}, first, bySource, byDestination, []ruleset.Rule{unregistered})
 	node := [][]ruleset.Rule{first, r.nodeRules()}
 	if !r.in.Options.AllowOwnNode {
 		node = append(node, bySource)
 	}
-	r.chain(chainNode, &ruleset.Hook{Name: "input", Priority: priorityIngress}, node...)
+	r.chain(chainNode, &ruleset.Hook{Name: "input", Priority: priorityFilter}, node...)
 	r.chain(chainCommon, nil, passICMPv6(), []ruleset.Rule{
 		// A DHCP client without an address yet. The answer is to nobody who is in a map, and no isolated pod may give it.
 		ruleset.NewRule(ruleset.Address(ruleset.IPSaddr, netip.IPv4Unspecified()), ruleset.Address(ruleset.IPDaddr, broadcast), udp, ruleset.Equal16(ruleset.Sport, 68), ruleset.Equal16(ruleset.Dport, 67), accept),
@@ -85,6 +87,7 @@ func (r *renderer) base() {
 		dropRule(from4, ruleset.Address(ruleset.IPDaddr, broadcast)),
 		dropRule(from6),
 	})
+	r.unsent()
 	r.chain(chainQuarantine, nil, []ruleset.Rule{ruleset.NewRule(ruleset.Counter{}, drop)})
 }
 
@@ -114,6 +117,23 @@ func (r *renderer) nodeRules() []ruleset.Rule {
 		}
 	}
 	return rules
+}
+
+// unsent ends the egress chains, which all endpoints of a set of policies share: who has sent it is told by its source. What is RELATED goes on to
+// the receiver, which may be closed.
+func (r *renderer) unsent() {
+	var tell []ruleset.Rule
+	if r.in.Options.Log {
+		for i, source := range sources {
+			name := setDenied[i]
+			r.table.Sets[name] = &ruleset.Set{
+				Name: name, Key: []ruleset.KeyType{[]ruleset.KeyType{ruleset.IPv4Addr, ruleset.IPv6Addr}[i]},
+				Timeout: deniedTimeout, Size: deniedSize, Dynamic: true, Elements: map[ruleset.Elem]ruleset.Verdict{},
+			}
+			tell = append(tell, ruleset.NewRule(ruleset.LimitEach{Field: source, Set: name, PerSecond: logPerSecond, Burst: logBurst}, r.log(DirectionEgress, "")))
+		}
+	}
+	r.chain(chainUnsent, nil, []ruleset.Rule{ruleset.NewRule(ruleset.Related, allowed)}, r.deny(tell))
 }
 
 func addICMPv6Sets(t *ruleset.Table) {

@@ -22,24 +22,18 @@ type compiled struct {
 	ingress, egress *direction // nil: the policy does not concern this direction
 	problems        []string
 
-	names     [2]string            // of the chains for ingress and egress, once known; none for ingress by named ports
-	fragments map[string]*fragment // of an Engine, by the name of the chain
+	chain     string               // the name of the ingress chain, once known; none with named ports
+	fragments map[string]*fragment // of an Engine: of the ingress chains, by name, and of the egress rules
 }
 
-// chainName returns the name of the policy's chain for a pod.
-func (c *compiled) chainName(pod *cluster.Pod, egress bool) string {
-	switch {
-	case egress && c.names[1] == "":
-		c.names[1] = egressName(c)
-		return c.names[1]
-	case egress:
-		return c.names[1]
-	case c.names[0] != "":
-		return c.names[0]
+// ingressName returns the name of the policy's ingress chain for a pod.
+func (c *compiled) ingressName(pod *cluster.Pod) string {
+	if c.chain != "" {
+		return c.chain
 	}
 	n, _ := ingressName(c, pod)
 	if !slices.ContainsFunc(c.ingress.rules, func(r rule) bool { return r.named != nil }) {
-		c.names[0] = n
+		c.chain = n
 	}
 	return n
 }

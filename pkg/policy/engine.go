@@ -39,6 +39,7 @@ type Engine struct {
 	changed map[cluster.Key]*compiled
 	wrong   map[cluster.Key][]string // problems of policies
 
+	profiles    map[string]*fragment // by the name of the chain
 	chains      map[objectName]*liveChain
 	sets        map[objectName]*liveSet
 	base        []*liveSet // sets that are always there, whose elements endpoints hold
@@ -70,7 +71,7 @@ func NewEngine(options Options) *Engine {
 		selectors: map[string]*liveSelector{}, index: newIndex(),
 		endpoints: map[string]*liveEndpoint{}, byNamespace: map[string]map[*liveEndpoint]bool{}, stale: map[*liveEndpoint]bool{},
 		policies: map[string][]*compiled{}, changed: map[cluster.Key]*compiled{}, wrong: map[cluster.Key][]string{},
-		chains: map[objectName]*liveChain{}, sets: map[objectName]*liveSet{}, dirtyChains: map[*liveChain]bool{}, dirtySets: map[*liveSet]bool{},
+		profiles: map[string]*fragment{}, chains: map[objectName]*liveChain{}, sets: map[objectName]*liveSet{}, dirtyChains: map[*liveChain]bool{}, dirtySets: map[*liveSet]bool{},
 		version: 1,
 	}
 	base := e.scratch()
@@ -456,16 +457,27 @@ func (e *Engine) swap(ep *liveEndpoint, old, now *compiled) bool {
 	}
 	next := make([]*fragment, len(ep.uses))
 	for i, f := range ep.uses {
-		if f.of != old {
-			continue
-		}
-		next[i] = e.policyFragment(now, ep.Pod, f.egress)
-		if next[i].name != f.name || next[i].empty != f.empty {
-			return false
+		switch {
+		case f.parts != nil:
+			parts := slices.Clone(f.parts)
+			for j, p := range parts {
+				if p.of == old {
+					parts[j] = e.egressFragment(now)
+				}
+			}
+			next[i] = e.profile(f.name, parts)
+		case f.of == old && f.egress:
+			if next[i] = e.egressFragment(now); (len(next[i].rules) == 0) != (len(f.rules) == 0) {
+				return false
+			}
+		case f.of == old:
+			if next[i] = e.ingressFragment(now, ep.Pod); next[i].name != f.name || next[i].empty != f.empty {
+				return false
+			}
 		}
 	}
 	for i, f := range next {
-		if f != nil {
+		if f != nil && f != ep.uses[i] {
 			e.enter(ep, f)
 			e.leave(ep, ep.uses[i])
 			ep.uses[i] = f
@@ -483,9 +495,15 @@ func (e *Engine) enter(ep *liveEndpoint, f *fragment) {
 }
 
 func (e *Engine) leave(ep *liveEndpoint, f *fragment) {
-	if delete(f.users, ep); len(f.users) == 0 {
-		e.release(f)
+	if delete(f.users, ep); len(f.users) > 0 {
+		return
+	}
+	e.release(f)
+	switch {
+	case f.parts == nil:
 		delete(f.of.fragments, f.name)
+	case e.profiles[f.name] == f:
+		delete(e.profiles, f.name)
 	}
 }
 
@@ -499,17 +517,30 @@ func (e *Engine) renderEndpoint(ep *liveEndpoint) {
 		for _, s := range e.base {
 			r.table.Sets[s.name.name] = s.part(map[ruleset.Elem]ruleset.Verdict{})
 		}
-		call := func(egress bool) jumper {
-			return func(c *compiled, pod *cluster.Pod) (ruleset.Rule, bool) {
-				f := e.policyFragment(c, pod, egress)
-				uses = append(uses, f)
-				return f.jump, !f.empty
-			}
+		r.ingress = func(c *compiled, pod *cluster.Pod) (ruleset.Rule, bool) {
+			f := e.ingressFragment(c, pod)
+			uses = append(uses, f)
+			return f.jump, !f.empty
 		}
-		r.ingress, r.egress = call(false), call(true)
+		r.egress = func(list []*compiled) string {
+			var parts []*fragment
+			var policies []*compiled
+			for _, c := range list {
+				f := e.egressFragment(c)
+				if uses = append(uses, f); len(f.rules) > 0 {
+					parts, policies = append(parts, f), append(policies, c)
+				}
+			}
+			if parts == nil {
+				return chainUnsent
+			}
+			f := e.profile(profileName(policies), parts)
+			uses = append(uses, f)
+			return f.name
+		}
 		r.endpoint(&ep.Endpoint)
-		ep.own = e.fragment(r)
-		ep.own.owner = ep
+		ep.own = &fragment{owner: ep}
+		e.collect(r, ep.own)
 		ep.verdicts = r.verdicts[ep.ID]
 		e.hold(ep.own)
 	}
@@ -528,36 +559,54 @@ func (e *Engine) renderEndpoint(ep *liveEndpoint) {
 	}
 }
 
-// policyFragment returns what a policy's chain needs for a pod, rendered once for all pods that resolve its named ports alike.
-func (e *Engine) policyFragment(c *compiled, pod *cluster.Pod, egress bool) *fragment {
-	n := c.chainName(pod, egress)
-	if f := c.fragments[n]; f != nil {
+// ingressFragment returns what a policy's chain needs for a pod, rendered once for all pods that resolve its named ports alike.
+func (e *Engine) ingressFragment(c *compiled, pod *cluster.Pod) *fragment {
+	return e.policyFragment(c, c.ingressName(pod), func(r *renderer, f *fragment) {
+		rule, ok := jump(c, r.ingressChain(c, pod))
+		f.jump, f.empty = rule, !ok
+	})
+}
+
+// egressFragment returns a policy's egress rules and what they look up.
+func (e *Engine) egressFragment(c *compiled) *fragment {
+	return e.policyFragment(c, DirectionEgress, func(r *renderer, f *fragment) { f.rules, f.egress = r.egressRules(c), true })
+}
+
+// policyFragment returns a policy's fragment of that name, which render makes unless it is there.
+func (e *Engine) policyFragment(c *compiled, name string, render func(*renderer, *fragment)) *fragment {
+	if f := c.fragments[name]; f != nil {
 		return f
 	}
 	r := e.scratch()
 	peers := map[string]*peerSet{}
 	r.fill = func(s *peerSet) { peers[s.names[0]], peers[s.names[1]] = s, s }
-	var chain string
-	if egress {
-		chain = r.egressChain(c)
-	} else {
-		chain = r.ingressChain(c, pod)
-	}
-	f := e.fragment(r)
-	f.of, f.name, f.egress, f.peers = c, n, egress, peers
-	f.users = map[*liveEndpoint]bool{}
-	rule, ok := jump(c, chain)
-	f.jump, f.empty = rule, !ok
+	f := &fragment{of: c, name: name, peers: peers, users: map[*liveEndpoint]bool{}}
+	render(r, f)
+	e.collect(r, f)
 	if c.fragments == nil {
 		c.fragments = map[string]*fragment{}
 	}
-	c.fragments[n] = f
+	c.fragments[name] = f
 	return f
 }
 
-// fragment collects what has been rendered to scratch tables.
-func (e *Engine) fragment(r *renderer) *fragment {
-	f := &fragment{}
+// profile returns the egress chain of that name, which has the rules of these fragments.
+func (e *Engine) profile(name string, parts []*fragment) *fragment {
+	if f := e.profiles[name]; f != nil && slices.Equal(f.parts, parts) {
+		return f
+	}
+	var rules []ruleset.Rule
+	for _, p := range parts {
+		rules = append(rules, p.rules...)
+	}
+	f := &fragment{name: name, egress: true, parts: parts, users: map[*liveEndpoint]bool{}}
+	f.chains = []placed[*ruleset.Chain]{{objectName{name: name}, profile(name, rules)}}
+	e.profiles[name] = f
+	return f
+}
+
+// collect puts what has been rendered to scratch tables into a fragment.
+func (e *Engine) collect(r *renderer, f *fragment) {
 	for i, t := range []*ruleset.Table{r.table, r.device} {
 		device := i == 1
 		for n, c := range t.Chains {
@@ -574,7 +623,6 @@ func (e *Engine) fragment(r *renderer) *fragment {
 			}
 		}
 	}
-	return f
 }
 
 func (e *Engine) chain(n objectName) *liveChain {

@@ -115,15 +115,17 @@ type liveSelector struct {
 	sets [2]*liveSet
 }
 
-// fragment is a piece of the ruleset that is rendered at once: a policy's chain with all that it calls and looks up, shared by the
-// endpoints that the policy selects, or the chains and elements of one endpoint.
+// fragment is a piece of the ruleset that is rendered at once: the chains and elements of one endpoint, or, shared by the endpoints that use
+// it, one of a policy (its ingress chain, or its egress rules, with all that they look up) or the egress chain of a set of policies.
 type fragment struct {
-	owner  *liveEndpoint // nil: a policy's
-	egress bool          // of a policy's: the direction
-	of     *compiled
+	owner  *liveEndpoint // of an endpoint's
+	of     *compiled     // of a policy's
+	parts  []*fragment   // of a set of policies: theirs
+	egress bool          // of all but an endpoint's: the direction
 	name   string
-	jump   ruleset.Rule
-	empty  bool // the policy has no rules: there is no chain to jump to
+	rules  []ruleset.Rule // of a policy's, egress
+	jump   ruleset.Rule   // of a policy's, ingress
+	empty  bool           // the policy has no ingress rules: there is no chain to jump to
 	users  map[*liveEndpoint]bool
 
 	chains   []placed[*ruleset.Chain]

@@ -253,6 +253,17 @@ func (r *renderer) portSet(ports []portRange) string {
 	return name
 }
 
+// portRangeSet returns the interval set of ranges of one protocol's ports, sorted and apart. It is named by its content.
+func (r *renderer) portRangeSet(ports []portRange) string {
+	elements := make(map[ruleset.Elem]ruleset.Verdict, len(ports))
+	for _, p := range ports {
+		elements[ruleset.PortRangeElem(p.from, p.to)] = ruleset.Verdict{}
+	}
+	name := setPortRanges + ID(append([]string{setPortRanges}, elemStrings(elements)...)...)
+	r.table.Sets[name] = &ruleset.Set{Name: name, Key: []ruleset.KeyType{ruleset.InetService}, Interval: true, Elements: elements}
+	return name
+}
+
 func elemStrings(m map[ruleset.Elem]ruleset.Verdict) []string {
 	var list []string
 	for _, e := range slices.Sorted(maps.Keys(m)) {

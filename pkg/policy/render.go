@@ -37,8 +37,9 @@ type renderer struct {
 	verdicts map[string]Verdicts
 	problems map[Problem]bool
 
-	fill            func(*peerSet) // is called for each pair of peer sets that is new in table
-	ingress, egress jumper
+	fill    func(*peerSet) // is called for each pair of peer sets that is new in table
+	ingress jumper
+	egress  func(list []*compiled) string // renders the chain of endpoints whose egress is under these policies, and returns its name
 }
 
 // jumper renders a policy's chain for the pod of an endpoint and returns the rule that jumps to it, or false when it has no rules.
@@ -56,7 +57,7 @@ func newRenderer(in Input) *renderer {
 	}
 	r.fill = r.fillSets
 	r.ingress = func(c *compiled, pod *cluster.Pod) (ruleset.Rule, bool) { return jump(c, r.ingressChain(c, pod)) }
-	r.egress = func(c *compiled, _ *cluster.Pod) (ruleset.Rule, bool) { return jump(c, r.egressChain(c)) }
+	r.egress = r.profileChain
 	report := func(k cluster.Key, reason string) { r.problems[Problem{k, reason}] = true }
 	r.peers = peers(&in, report)
 	for p := range in.Model.Policies() {
@@ -120,13 +121,13 @@ func (r *renderer) endpoint(e *Endpoint) {
 		}
 	}
 	if in != nil {
-		r.podChain(e, prefixIngress, "ingress", in, r.ingress)
+		r.ingressEnd(e, in)
 		r.dispatch(e, mapIngress4, mapIngress6, ruleset.To(ruleset.Goto, prefixIngress+e.ID))
 		r.isolate(e, setIngressIsolated)
 	}
 	if out != nil {
-		r.podChain(e, prefixEgress, "egress", out, r.egress)
-		r.dispatch(e, mapEgress4, mapEgress6, ruleset.To(ruleset.Goto, prefixEgress+e.ID))
+		r.egressEnd(e, out)
+		r.dispatch(e, mapEgress4, mapEgress6, ruleset.To(ruleset.Jump, prefixEgress+e.ID))
 		r.isolate(e, setEgressIsolated)
 	}
 	r.openLink(e, in != nil, out != nil)
@@ -152,58 +153,87 @@ func (r *renderer) dispatch(e *Endpoint, map4, map6 string, verdict ruleset.Verd
 	}
 }
 
-// podChain renders the chain of one isolated endpoint in one direction. It is reached by goto, so its end is the end: what no
-// policy accepted is denied.
-func (r *renderer) podChain(e *Endpoint, prefix, direction string, policies []*compiled, jumpTo jumper) {
-	c := &ruleset.Chain{Name: prefix + e.ID}
-	c.Rules = append(c.Rules, ruleset.NewRule(ruleset.NotNew, ruleset.To(ruleset.Jump, chainNotNew)).WithComment(e.Name+" "+direction))
+// ingressEnd renders the chain of an endpoint that is isolated for ingress. It is reached by goto, so its end is the end: what no policy
+// accepted is denied.
+func (r *renderer) ingressEnd(e *Endpoint, policies []*compiled) {
+	rules := []ruleset.Rule{ruleset.NewRule(ruleset.NotNew, ruleset.To(ruleset.Jump, chainNotNew)).WithComment(e.Name + " ingress")}
 	for _, p := range policies {
-		if rule, ok := jumpTo(p, e.Pod); ok {
-			c.Rules = append(c.Rules, rule)
+		if rule, ok := r.ingress(p, e.Pod); ok {
+			rules = append(rules, rule)
 		}
 	}
-	c.Rules = append(c.Rules, r.hairpin(e, prefix)...)
-	c.Rules = append(c.Rules, r.deny(logPrefix(prefix, e.ID))...)
-	r.table.Chains[c.Name] = c
-}
-
-// hairpin lets a pod reach itself through its own Service: at forward it is seen before the masquerade, with its own address
-// on both sides. The interface is part of the match for ingress, as IPv6 packets from the uplink may claim to be anybody.
-func (r *renderer) hairpin(e *Endpoint, prefix string) []ruleset.Rule {
-	var rules []ruleset.Rule
-	for _, ip := range e.IPs {
-		var match []ruleset.Expr
-		if prefix == prefixEgress {
-			match = append(match, ruleset.Address(daddr(ip), ip))
-		} else {
-			iif := cmp.Or(e.Bridge, e.Link, e.Device)
-			if iif == "" {
-				continue
-			}
-			match = append(match, ruleset.Cmp{Field: ruleset.IIFName, Value: iif}, ruleset.Address(saddr(ip), ip))
+	// A pod reaches itself through its own Service: at forward it is seen before the masquerade, with its own address on both sides. The
+	// interface is part of the match, as IPv6 packets from the uplink may claim to be anybody.
+	if iif := cmp.Or(e.Bridge, e.Link, e.Device); iif != "" {
+		for _, ip := range e.IPs {
+			rules = append(rules, ruleset.NewRule(ruleset.Cmp{Field: ruleset.IIFName, Value: iif}, ruleset.Address(saddr(ip), ip), accept))
 		}
-		rules = append(rules, ruleset.NewRule(append(match, accept)...))
 	}
-	return rules
-}
-
-// deny ends an endpoint's chain. What is denied is told to the daemon, at a rate of this chain's own: no pod hides what another is denied.
-func (r *renderer) deny(logPrefix string) []ruleset.Rule {
-	var rules []ruleset.Rule
+	// No pod hides what another is denied: each is told at a rate of its own.
+	var tell []ruleset.Rule
 	if r.in.Options.Log {
-		rules = append(rules, ruleset.NewRule(
-			ruleset.Limit{PerSecond: logPerSecond, Burst: logBurst},
-			ruleset.Log{Prefix: logPrefix, Group: LogGroup, Snaplen: LogSnaplen}))
+		tell = append(tell, ruleset.NewRule(ruleset.Limit{PerSecond: logPerSecond, Burst: logBurst}, r.log(DirectionIngress, e.ID)))
 	}
-	if !r.in.Options.Reject {
-		if r.in.Options.Cut {
-			rules = slices.Insert(rules, 0, ruleset.NewRule(ruleset.To(ruleset.Jump, chainDenied)))
+	r.chain(prefixIngress+e.ID, nil, rules, r.deny(tell))
+}
+
+// egressEnd renders the chain of an endpoint that is isolated for egress. It is reached by jump: what is allowed returns to the base chain, where
+// the receiver is judged. What is not ends in the chain that it goes on to.
+func (r *renderer) egressEnd(e *Endpoint, policies []*compiled) {
+	rules := []ruleset.Rule{dropRule(ruleset.Invalid).WithComment(e.Name + " egress")}
+	for _, ip := range e.IPs {
+		rules = append(rules, ruleset.NewRule(ruleset.Address(daddr(ip), ip), allowed)) // itself, through its own Service
+	}
+	r.chain(prefixEgress+e.ID, nil, rules, []ruleset.Rule{ruleset.NewRule(ruleset.To(ruleset.Goto, r.egress(policies)))})
+}
+
+func (r *renderer) log(direction, id string) ruleset.Log {
+	return ruleset.Log{Prefix: logPrefix(direction, id), Group: LogGroup, Snaplen: LogSnaplen}
+}
+
+// deny ends a chain. The rules of tell tell the daemon what is denied.
+func (r *renderer) deny(tell []ruleset.Rule) []ruleset.Rule {
+	switch {
+	case r.in.Options.Reject:
+		return append(tell,
+			ruleset.NewRule(ruleset.Equal(ruleset.L4Proto, ruleset.ProtoTCP), ruleset.Counter{}, ruleset.Reject{TCPReset: true}),
+			ruleset.NewRule(ruleset.Counter{}, ruleset.Reject{}))
+	case r.in.Options.Cut:
+		tell = slices.Insert(tell, 0, ruleset.NewRule(ruleset.To(ruleset.Jump, chainDenied)))
+	}
+	return append(tell, ruleset.NewRule(ruleset.Counter{}, drop))
+}
+
+// profileChain renders the egress chain of endpoints that are under these policies, which are of one namespace, and returns its name. Policies
+// without rules allow nothing.
+func (r *renderer) profileChain(list []*compiled) string {
+	var policies []*compiled
+	var rules []ruleset.Rule
+	for _, c := range list {
+		if own := r.egressRules(c); len(own) > 0 {
+			policies, rules = append(policies, c), append(rules, own...)
 		}
-		return append(rules, ruleset.NewRule(ruleset.Counter{}, drop))
 	}
-	return append(rules,
-		ruleset.NewRule(ruleset.Equal(ruleset.L4Proto, ruleset.ProtoTCP), ruleset.Counter{}, ruleset.Reject{TCPReset: true}),
-		ruleset.NewRule(ruleset.Counter{}, ruleset.Reject{}))
+	if policies == nil {
+		return chainUnsent
+	}
+	name := profileName(policies)
+	r.table.Chains[name] = profile(name, rules)
+	return name
+}
+
+func profileName(policies []*compiled) string {
+	identity := []string{DirectionEgress}
+	for _, c := range policies {
+		identity = append(identity, c.namespace, c.name)
+	}
+	return prefixProfile + ID(identity...)
+}
+
+// profile is the egress chain of endpoints, with the rules of all their policies. They are written out in it, since a policy's own chain could
+// return to it only, and an accept would not leave the packet to the receiver's policies.
+func profile(name string, rules []ruleset.Rule) *ruleset.Chain {
+	return &ruleset.Chain{Name: name, Rules: append(rules, ruleset.NewRule(ruleset.To(ruleset.Goto, chainUnsent)))}
 }
 
 // ingressName returns the name of the chain of a policy's ingress rules. Named ports are resolved on the receiving pod, so pods
@@ -226,38 +256,52 @@ func ingressName(c *compiled, pod *cluster.Pod) (string, map[namedPort][]uint16)
 	return prefixPolicyI + ID(identity...), resolved
 }
 
-func egressName(c *compiled) string { return prefixPolicyE + ID("egress", c.namespace, c.name) }
-
 // ingressChain renders a policy's ingress rules and returns the chain's name, or "" when it has no rules.
 func (r *renderer) ingressChain(c *compiled, pod *cluster.Pod) string {
 	name, resolved := ingressName(c, pod)
-	return r.policyChain(name, c.ingress, func(rule *rule) []ruleset.Rule {
-		numbers := slices.Clone(rule.ports)
-		for _, port := range rule.named {
-			for _, n := range resolved[port] {
-				numbers = append(numbers, portRange{proto: port.proto, from: n, to: n})
+	full, done := r.chains[name]
+	if !done {
+		rules := distinct(c.ingress, func(rule *rule) []ruleset.Rule {
+			numbers := slices.Clone(rule.ports)
+			for _, port := range rule.named {
+				for _, n := range resolved[port] {
+					numbers = append(numbers, portRange{proto: port.proto, from: n, to: n})
+				}
 			}
+			return r.product(rule, mergePorts(numbers), sources, accept)
+		})
+		full = len(rules) > 0
+		r.chains[name] = full
+		if full {
+			r.chain(name, nil, rules)
 		}
-		return r.product(rule, mergePorts(numbers), sources)
-	})
+	}
+	if !full {
+		return ""
+	}
+	return name
 }
 
-// egressChain renders a policy's egress rules and returns the chain's name, or "" when it has no rules.
-func (r *renderer) egressChain(c *compiled) string {
-	return r.policyChain(egressName(c), c.egress, func(rule *rule) []ruleset.Rule {
-		rules := r.product(rule, rule.ports, destinations)
+// egressRules renders a policy's egress rules. The first of them names the policy.
+func (r *renderer) egressRules(c *compiled) []ruleset.Rule {
+	rules := distinct(c.egress, func(rule *rule) []ruleset.Rule {
+		rules := r.product(rule, rule.ports, destinations, allowed)
 		for _, port := range rule.named {
 			for _, sets := range r.namedPeers(rule, port) {
 				for i, fields := range [][]ruleset.Field{
 					{ruleset.IPDaddr, ruleset.L4Proto, ruleset.Dport},
 					{ruleset.IP6Daddr, ruleset.L4Proto, ruleset.Dport},
 				} {
-					rules = append(rules, ruleset.NewRule(ruleset.In{Fields: fields, Set: sets[i]}, accept))
+					rules = append(rules, ruleset.NewRule(ruleset.In{Fields: fields, Set: sets[i]}, allowed))
 				}
 			}
 		}
 		return rules
 	})
+	if len(rules) > 0 {
+		rules[0] = rules[0].WithComment(c.namespace + "/" + c.name)
+	}
+	return rules
 }
 
 // namedPeers returns the set pairs of an egress rule's named port: it can only be reached on pods.
@@ -275,30 +319,19 @@ func (r *renderer) namedPeers(rule *rule, port namedPort) [][2]string {
 	return pairs
 }
 
-// policyChain renders a chain once. Rules are a union, so repetitions say nothing and are left out.
-func (r *renderer) policyChain(name string, d *direction, rulesOf func(*rule) []ruleset.Rule) string {
-	full, done := r.chains[name]
-	if !done {
-		c := &ruleset.Chain{Name: name}
-		seen := map[string]bool{}
-		for i := range d.rules {
-			for _, rule := range rulesOf(&d.rules[i]) {
-				if !seen[rule.String()] {
-					seen[rule.String()] = true
-					c.Rules = append(c.Rules, rule)
-				}
+// distinct renders a policy's rules in a direction. Repetitions say nothing and are left out.
+func distinct(d *direction, rulesOf func(*rule) []ruleset.Rule) []ruleset.Rule {
+	var rules []ruleset.Rule
+	seen := map[string]bool{}
+	for i := range d.rules {
+		for _, rule := range rulesOf(&d.rules[i]) {
+			if !seen[rule.String()] {
+				seen[rule.String()] = true
+				rules = append(rules, rule)
 			}
 		}
-		full = len(c.Rules) > 0
-		r.chains[name] = full
-		if full {
-			r.table.Chains[name] = c
-		}
 	}
-	if !full {
-		return ""
-	}
-	return name
+	return rules
 }
 
 // fieldPair is the address field of either family that a direction's peers are compared with.
@@ -309,9 +342,8 @@ var (
 	destinations = fieldPair{ruleset.IPDaddr, ruleset.IP6Daddr}
 )
 
-// product renders ports AND peers as rules: every way to match the ports with every way to match the peers. The port comes
-// first, it is the cheaper one to look at.
-func (r *renderer) product(rule *rule, ports []portRange, fields fieldPair) []ruleset.Rule {
+// product renders a rule of a policy: its ports, each with each of its peers.
+func (r *renderer) product(rule *rule, ports []portRange, fields fieldPair, verdict ruleset.Verdict) []ruleset.Rule {
 	alternatives := r.portMatches(rule, ports)
 	if len(alternatives) == 0 {
 		return nil // named ports only: the sets of the peers' addresses would be for nobody
@@ -319,32 +351,35 @@ func (r *renderer) product(rule *rule, ports []portRange, fields fieldPair) []ru
 	var rules []ruleset.Rule
 	peers := r.peerMatches(rule, fields)
 	if len(alternatives) > 1 && len(alternatives)*len(peers) > maxProduct {
-		peers = [][]ruleset.Expr{{ruleset.To(ruleset.Jump, r.peerChain(peers))}}
-	} else {
-		for i := range peers {
-			peers[i] = slices.Concat(peers[i], []ruleset.Expr{accept})
-		}
+		alternatives = r.portRangeMatches(ports, alternatives)
 	}
 	for _, port := range alternatives {
 		for _, peer := range peers {
-			rules = append(rules, ruleset.NewRule(slices.Concat(port, peer)...))
+			rules = append(rules, ruleset.NewRule(slices.Concat(port, peer, []ruleset.Expr{verdict})...))
 		}
 	}
 	return rules
 }
 
-// peerChain returns a chain that accepts any of the peers, for rules that match many ports: their rules are a sum then and not a
-// product, which the author of a policy could make as large as he likes.
-func (r *renderer) peerChain(peers [][]ruleset.Expr) string {
-	rules := make([]ruleset.Rule, len(peers))
-	identity := []string{prefixPeers}
-	for i, p := range peers {
-		rules[i] = ruleset.NewRule(slices.Concat(p, []ruleset.Expr{accept})...)
-		identity = append(identity, rules[i].String())
+// portRangeMatches returns alternatives that match the same ports, at most one for each protocol, for rules that have many peers as well: their
+// rules are a sum then and not a product, which the author of a policy could make as large as he likes.
+func (r *renderer) portRangeMatches(ports []portRange, alternatives [][]ruleset.Expr) [][]ruleset.Expr {
+	byProto := map[cluster.Protocol][]portRange{}
+	for _, p := range ports {
+		byProto[p.proto] = append(byProto[p.proto], p)
 	}
-	name := prefixPeers + ID(identity...)
-	r.table.Chains[name] = &ruleset.Chain{Name: name, Rules: rules}
-	return name
+	if len(alternatives) <= len(byProto) {
+		return alternatives
+	}
+	var matches [][]ruleset.Expr
+	for _, proto := range slices.Sorted(maps.Keys(byProto)) {
+		match := []ruleset.Expr{ruleset.Equal(ruleset.L4Proto, uint8(proto))}
+		if !byProto[proto][0].every {
+			match = append(match, ruleset.In{Fields: []ruleset.Field{ruleset.Dport}, Set: r.portRangeSet(byProto[proto])})
+		}
+		matches = append(matches, match)
+	}
+	return matches
 }
 
 // portMatches returns the alternatives that match a rule's ports; an empty list of expressions matches everything, ICMP too.

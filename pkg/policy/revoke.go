@@ -129,7 +129,7 @@ func (r *renderer) revocation() {
 	})
 	// What the node sends to its pods is not judged, but a connection of a pod to the node that was revoked is not to come
 	// back by the node's next packet. The resets that these rules make pass here, and are related to what they answer (nf_ct_attach).
-	r.chain(chainOutput, &ruleset.Hook{Name: "output", Priority: priorityIngress}, []ruleset.Rule{
+	r.chain(chainOutput, &ruleset.Hook{Name: "output", Priority: priorityFilter}, []ruleset.Rule{
 		ruleset.NewRule(ruleset.Established|ruleset.Related, accept),
 		ruleset.NewRule(tcp, ruleset.Flags{Mask: ruleset.SYN | ruleset.RST, Value: ruleset.RST}, accept), // also what answers an invalid packet; it begins nothing
 		ruleset.NewRule(ruleset.To(ruleset.Jump, chainRevoked)),

@@ -90,6 +90,35 @@ func TestCutBeforeNAT(t *testing.T) {
 	}
 }
 
+// TestRelated holds that what is related to a connection passes the policies of its sender, and what closes its receiver all the same.
+func TestRelated(t *testing.T) {
+	t.Parallel()
+	in := linkInput("", true, false)
+	in.Endpoints = append(in.Endpoints,
+		Endpoint{ID: "closed", Name: "ns/closed", IPs: []netip.Addr{other4}, Link: "veth1"},
+		Endpoint{ID: "brief", Name: "ns/brief", IPs: []netip.Addr{other6}, Link: "veth2", Brief: true})
+	rs := Render(in).Ruleset
+	for _, tt := range []struct {
+		to   string
+		link string
+		want ruleset.VerdictKind
+	}{
+		{to: "192.0.2.1", link: "eth0", want: ruleset.Accept},
+		{to: "2001:db8::1", link: "eth0", want: ruleset.Accept},
+		{to: other4.String(), link: "veth1", want: ruleset.Drop},
+		{to: other6.String(), link: "veth2", want: ruleset.Drop},
+		{to: "10.0.0.99", link: "veth1", want: ruleset.Drop}, // which nobody has registered
+	} {
+		p := ruleset.Packet{Src: own4, Dst: netip.MustParseAddr(tt.to), Proto: ruleset.ProtoICMP, IIFName: "veth0", OIFName: tt.link, HopLimit: 64, CT: ruleset.Related}
+		if p.Dst.Is6() {
+			p.Src, p.Proto, p.ICMPv6Type = own6, ruleset.ProtoICMPv6, 1
+		}
+		if r, err := rs.Trace("forward", p); err != nil || r.Verdict != tt.want {
+			t.Errorf("to %s: %v, want %v (%v)", tt.to, r, tt.want, err)
+		}
+	}
+}
+
 // TestCut holds what a connection whose conntrack entry has been deleted meets, whichever end speaks first.
 func TestCut(t *testing.T) {
 	t.Parallel()
@@ -126,7 +155,8 @@ func TestCut(t *testing.T) {
 		{name: "the reset of a rejected connection", hook: "output", proto: 6, src: "10.0.0.2:80", dst: "10.0.0.1:999", flags: ruleset.RST | ruleset.ACK, ct: ruleset.Related, accept: true},
 		{name: "the reset of an invalid packet", hook: "output", proto: 6, src: "10.0.0.2:80", dst: "10.0.0.1:999", flags: ruleset.RST, ct: ruleset.Invalid, accept: true},
 		{name: "an ICMP error about an allowed connection", hook: "forward", proto: 1, src: "10.0.0.1:0", dst: "10.0.0.2:0", ct: ruleset.Related, accept: true},
-		{name: "invalid", hook: "forward", proto: 6, src: "10.0.0.1:999", dst: "10.0.0.2:5432", flags: data, ct: ruleset.Invalid, last: "notnew"},
+		{name: "invalid", hook: "forward", proto: 6, src: "10.0.0.1:999", dst: "10.0.0.2:5432", flags: data, ct: ruleset.Invalid, last: "eg_shop-web"},
+		{name: "invalid, from outside", hook: "forward", proto: 6, src: "192.0.2.1:999", dst: "10.0.0.2:5432", flags: data, ct: ruleset.Invalid, last: "notnew"},
 		{name: "untracked", hook: "forward", proto: 6, src: "10.0.0.1:999", dst: "10.0.0.2:5432", flags: data, ct: ruleset.Untracked, accept: true},
 		{
 			name: "server of a revoked IPv6 connection", hook: "forward", proto: 6, src: "[fd00::2]:80", dst: "[fd00::1]:999", flags: data, last: "cut", reject: true,

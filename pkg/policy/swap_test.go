@@ -2,6 +2,7 @@ package policy
 
 import (
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 
@@ -12,15 +13,17 @@ import (
 	"github.com/podwall/podwall/pkg/ruleset"
 )
 
-// TestChangedPolicyKeepsPods holds that a policy that changes its rules, and not whom it isolates, changes its own chain and no pod's.
+// TestChangedPolicyKeepsPods holds that a policy that changes its rules, and not whom it isolates, changes its own chain, or that of the set of
+// policies that its pods are under, and no pod's.
 func TestChangedPolicyKeepsPods(t *testing.T) {
 	t.Parallel()
 	e := NewEngine(Options{Table: "podwall", Cut: true})
 	apply := func(o cluster.Object) { e.Apply(cluster.Change{Key: o.Key(), Object: o}) }
 	policy := func(name, friend string) *cluster.Policy {
-		return &cluster.Policy{Namespace: "ns", Name: name, Spec: networkingv1.NetworkPolicySpec{Ingress: []networkingv1.NetworkPolicyIngressRule{{
-			From: []networkingv1.NetworkPolicyPeer{{PodSelector: &metav1.LabelSelector{MatchLabels: map[string]string{"app": friend}}}},
-		}}}}
+		peers := []networkingv1.NetworkPolicyPeer{{PodSelector: &metav1.LabelSelector{MatchLabels: map[string]string{"app": friend}}}}
+		return &cluster.Policy{Namespace: "ns", Name: name, Spec: networkingv1.NetworkPolicySpec{
+			Ingress: []networkingv1.NetworkPolicyIngressRule{{From: peers}}, Egress: []networkingv1.NetworkPolicyEgressRule{{To: peers}},
+		}}
 	}
 	in := Input{Model: e.Model(), Options: e.options}
 	for i, name := range []string{"a", "b"} {
@@ -36,16 +39,80 @@ func TestChangedPolicyKeepsPods(t *testing.T) {
 
 	apply(policy("first", "b"))
 	d := e.Delta()
+	var changed []string
 	for _, op := range d.Apply {
-		if op.Chain != nil && !strings.HasPrefix(op.Chain.Name, prefixPolicyI) {
+		if op.Chain != nil && !strings.HasPrefix(op.Chain.Name, prefixPolicyI) && !strings.HasPrefix(op.Chain.Name, prefixProfile) {
 			t.Errorf("it changes %s", op)
 		}
+		if op.Kind == ruleset.FlushChain {
+			changed = append(changed, op.Chain.Name[:3])
+		}
 	}
-	if len(d.Apply) == 0 {
-		t.Error("it changes nothing")
+	if slices.Sort(changed); !slices.Equal(changed, []string{prefixProfile, prefixPolicyI}) {
+		t.Errorf("it changes chains %v, want one of each kind", changed)
 	}
 	e.Commit()
 	if diff := ruleset.Diff(e.Ruleset(), Render(in).Ruleset); !diff.Empty() {
 		t.Errorf("it is not what Render makes: %v", operations(diff))
+	}
+}
+
+// TestProfiles holds that pods under the same egress policies share a chain, that policies without rules make no difference to it, and that a pod
+// that is under no policy with rules needs none.
+func TestProfiles(t *testing.T) {
+	t.Parallel()
+	e := NewEngine(Options{Table: "podwall", Cut: true})
+	apply := func(o cluster.Object) { e.Apply(cluster.Change{Key: o.Key(), Object: o}) }
+	egress := func(name, app string, rules ...networkingv1.NetworkPolicyEgressRule) *cluster.Policy {
+		return &cluster.Policy{Namespace: "ns", Name: name, Spec: networkingv1.NetworkPolicySpec{
+			PodSelector: metav1.LabelSelector{MatchLabels: map[string]string{"app": app}}, PolicyTypes: []networkingv1.PolicyType{"Egress"}, Egress: rules,
+		}}
+	}
+	in := Input{Model: e.Model(), Options: e.options}
+	for i, app := range []string{"web", "web", "db", "mute"} {
+		name := string(rune('a' + i))
+		p := &cluster.Pod{Namespace: "ns", Name: name, Labels: map[string]string{"app": app}, IPs: []netip.Addr{netip.AddrFrom4([4]byte{10, 0, 0, byte(i)})}}
+		apply(p)
+		in.Endpoints = append(in.Endpoints, Endpoint{ID: name, Name: "ns/" + name, Pod: p, IPs: p.IPs, Link: "veth-" + name})
+	}
+	anywhere := networkingv1.NetworkPolicyEgressRule{}
+	for _, p := range []*cluster.Policy{egress("w1", "web", anywhere), egress("w2", "web", anywhere), egress("d1", "db", anywhere), egress("m", "mute")} {
+		apply(p)
+	}
+	e.SetEndpoints(in.Endpoints)
+	next := func(id string) string { return e.Ruleset()[0].Chains[prefixEgress+id].Rules[2].String() }
+	check := func(when string) {
+		t.Helper()
+		e.Delta()
+		e.Commit()
+		if next("a") != next("b") || next("a") == next("c") || next("d") != "goto unsent" {
+			t.Errorf("%s: chains %q, %q, %q, %q", when, next("a"), next("b"), next("c"), next("d"))
+		}
+		profiles := 0
+		for name := range e.Ruleset()[0].Chains {
+			if strings.HasPrefix(name, prefixProfile) {
+				profiles++
+			}
+		}
+		if profiles != 2 || len(e.profiles) != 2 {
+			t.Errorf("%s: %d chains of sets of policies, the engine knows %d, want 2", when, profiles, len(e.profiles))
+		}
+		if diff := ruleset.Diff(e.Ruleset(), Render(in).Ruleset); !diff.Empty() {
+			t.Errorf("%s: it is not what Render makes: %v", when, operations(diff))
+		}
+	}
+	check("at first")
+	before := next("a")
+	apply(egress("w3", "web"))
+	if check("with a policy that has no rules"); next("a") != before {
+		t.Errorf("a policy without rules makes %q of %q", next("a"), before)
+	}
+	apply(egress("w3", "web", anywhere))
+	if check("when it has got one"); next("a") == before {
+		t.Error("a policy that has got a rule changes nothing")
+	}
+	apply(egress("w3", "db", anywhere))
+	if check("when it selects others"); next("a") != before {
+		t.Errorf("without the policy it is %q, not %q", next("a"), before)
 	}
 }

@@ -350,21 +350,37 @@ func behind(o object, rs ruleset.Ruleset, in policy.Input, policies map[cluster.
 			found[in.Endpoints[i].ID] = true
 			continue
 		}
-		for _, c := range t.Chains {
+		if c := t.Chains[o.name]; !o.set && len(seen) == 1 && c != nil {
 			for _, r := range c.Rules {
-				if !slices.ContainsFunc(r.Exprs, o.usedBy) {
+				namedBy(r.Comment, in.Model, policies) // which of them is at fault is not known
+			}
+		}
+		for _, c := range t.Chains {
+			comment := ""
+			for _, r := range c.Rules {
+				// In a chain of several policies, the first rule of each names it.
+				if comment = cmp.Or(r.Comment, comment); !slices.ContainsFunc(r.Exprs, o.usedBy) {
 					continue
 				}
 				list = append(list, object{table: o.table, name: c.Name})
-				for p := range in.Model.Policies() {
-					if !o.set && r.Comment == ruleset.Comment(p.Namespace+"/"+p.Name) {
-						policies[p.Key()] = true
-					}
+				if o.set {
+					namedBy(comment, in.Model, policies)
+				} else {
+					namedBy(r.Comment, in.Model, policies)
 				}
 			}
 		}
 	}
 	return found
+}
+
+// namedBy adds the policy that a rule's comment names, if it does.
+func namedBy(comment string, model *cluster.Model, policies map[cluster.Key]bool) {
+	for p := range model.Policies() {
+		if comment == ruleset.Comment(p.Namespace+"/"+p.Name) {
+			policies[p.Key()] = true
+		}
+	}
 }
 
 func (o object) usedBy(e ruleset.Expr) bool {
@@ -375,6 +391,8 @@ func (o object) usedBy(e ruleset.Expr) bool {
 		return o.set && e.Set == o.name
 	case ruleset.Dispatch:
 		return o.set && e.Map == o.name
+	case ruleset.LimitEach:
+		return o.set && e.Set == o.name
 	}
 	return false
 }

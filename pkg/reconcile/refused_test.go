@@ -67,6 +67,61 @@ func adds(texts ...string) func(ruleset.Op) error {
 	}
 }
 
+// TestKernelRefusesEgress holds the same for what pods may send. The policies of a pod have one chain then, and the one that is at fault is told from
+// the others if what is refused is one of the sets.
+func TestKernelRefusesEgress(t *testing.T) {
+	t.Parallel()
+	allowTo := func(name, app, server string) cluster.Change {
+		p := &cluster.Policy{Namespace: "ns", Name: name, Spec: networkingv1.NetworkPolicySpec{
+			PodSelector: metav1.LabelSelector{MatchLabels: map[string]string{"app": app}}, PolicyTypes: []networkingv1.PolicyType{"Egress"},
+			Egress: []networkingv1.NetworkPolicyEgressRule{{To: []networkingv1.NetworkPolicyPeer{{PodSelector: &metav1.LabelSelector{MatchLabels: map[string]string{"app": server}}}}}},
+		}}
+		return cluster.Change{Key: p.Key(), Object: p}
+	}
+	for _, tt := range []struct {
+		refused  string
+		reported []string
+	}{
+		{"set inet podwall p4_" + policy.ID("p", "namespace", "ns", "app=c"), []string{"NetworkPolicy ns/second: "}},
+		{"rule inet podwall ep_" + policy.ID("egress", "ns", "first", "ns", "second", "ns", "third"), []string{"NetworkPolicy ns/first: ", "NetworkPolicy ns/second: ", "NetworkPolicy ns/third: "}},
+	} {
+		t.Run(tt.refused, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				w := start(t, false, nil)
+				w.Apply(pod("a", "here"), pod("b", "here"), pod("c", "here"))
+				w.Synced()
+				for i, name := range []string{"a", "b", "c"} {
+					if err := w.Attach(within(t, time.Second), attachment("c"+name, name, fmt.Sprintf("10.0.0.%d", i+1))); err != nil {
+						t.Fatal(err)
+					}
+				}
+				w.kernel.Refuse(adds(tt.refused), false)
+				w.Apply(allowTo("first", "a", "b"), allowTo("second", "a", "c"), allowTo("third", "a", "d"), allowTo("other", "b", "a"))
+				synctest.Wait()
+				if got, want := podStates(w), "a quarantined, b enforced, c enforced"; got != want {
+					t.Errorf("%s, want %s", got, want)
+				}
+				problems := w.NodeStatus().Problems
+				if len(problems) != len(tt.reported) {
+					t.Fatalf("problems %q, want %q", problems, tt.reported)
+				}
+				for i, want := range tt.reported {
+					if !strings.HasPrefix(problems[i], want) {
+						t.Errorf("problem %q, want one of %s", problems[i], want)
+					}
+				}
+				w.kernel.Refuse(nil, false)
+				time.Sleep(refusedMost + sweepEvery)
+				synctest.Wait()
+				if got, want := podStates(w), "a enforced, b enforced, c enforced"; got != want || len(w.NodeStatus().Problems) > 0 {
+					t.Errorf("when the kernel has come round: %s, %q", got, w.NodeStatus().Problems)
+				}
+			})
+		})
+	}
+}
+
 // logBuffer keeps what is logged.
 type logBuffer struct {
 	mu   sync.Mutex
@@ -327,7 +382,7 @@ func TestKernelRefusesBase(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			w := start(t, false, nil)
 			w.Apply(pod("a", "here"), denyAll("deny"))
-			w.kernel.Refuse(adds("chain inet podwall ingress"), silent)
+			w.kernel.Refuse(adds("chain inet podwall forward"), silent)
 			w.Synced()
 			time.Sleep(time.Minute)
 			synctest.Wait()

@@ -49,7 +49,7 @@ func TestFlushedTables(t *testing.T) {
 	}{
 		{"everything", "ptp", "flush ruleset", probe},
 		{"table", "bridge", "delete table inet podwall", probe},
-		{"chain", "bridge", "flush chain inet podwall ingress", probe},
+		{"chain", "bridge", "flush chain inet podwall forward", probe},
 		{"verdict map", "bridge", "flush map inet podwall in4", probe}, // a routed pod would stay closed by its link
 		{"netdev table", "bridge", "delete table netdev podwall", linkLocalProbe},
 	} {

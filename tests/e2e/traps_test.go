@@ -817,8 +817,8 @@ func TestTrapsErrors(t *testing.T) {
 	}
 }
 
-// TestTrapsBothSides holds that what the sender's policies accept is still judged by the receiver's, on one node, and the other way
-// round: an accept ends one base chain and no other.
+// TestTrapsBothSides holds that what the sender's policies allow is still judged by the receiver's, on one node, and the other way
+// round.
 func TestTrapsBothSides(t *testing.T) {
 	t.Parallel()
 	for _, cni := range mainCNIs {

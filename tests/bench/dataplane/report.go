@@ -49,8 +49,7 @@ func newVariants(sizes []size) *variants {
 	}
 	v.parts = []*variant{
 		add(&variant{label: "floor: all base chains, without rules", size: shape, empty: true}),
-		add(&variant{label: "one base chain on forward (ingress)", size: shape, keep: base("ingress"), policy: true}),
-		add(&variant{label: "both base chains on forward", size: shape, keep: base("egress", "ingress"), policy: true}),
+		add(&variant{label: "the base chain on forward only", size: shape, keep: base("forward"), policy: true}),
 		add(&variant{label: "the veths' chains only", size: shape, keep: base("as_", "to_"), source: true}),
 	}
 	v.ipv6 = add(&variant{label: "everything, IPv6", size: shape, family: 1, policy: true, source: true})

@@ -57,7 +57,7 @@ func TestControlRuleRemoved(t *testing.T) {
 			n.load(rt, subject.Render(c).Ruleset)
 			conns := generate.Conns(c)
 			for name, chain := range n.loaded.Table(tables[0]).Chains {
-				if !strings.HasPrefix(name, "pi_") && !strings.HasPrefix(name, "pe_") {
+				if !strings.HasPrefix(name, "pi_") && !strings.HasPrefix(name, "ep_") {
 					continue
 				}
 				removed++

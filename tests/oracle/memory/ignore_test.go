@@ -419,12 +419,12 @@ func addAliases(c *oracle.Cluster) {
 	c.Sandboxes = append(c.Sandboxes, aliases...)
 }
 
-// dropOwnAccepts takes the rules out of pods' chains that accept a pod's own addresses: there are no other accepts in them.
+// dropOwnAccepts takes the rules out of pods' chains that let a pod's own addresses pass: nothing else ends a packet's way in them.
 func dropOwnAccepts(rs ruleset.Ruleset) {
 	for _, t := range rs {
 		for name, c := range t.Chains {
 			if strings.HasPrefix(name, "eg_") || strings.HasPrefix(name, "in_") {
-				c.Rules = slices.DeleteFunc(c.Rules, func(r ruleset.Rule) bool { return strings.HasSuffix(r.String(), " accept") })
+				c.Rules = slices.DeleteFunc(c.Rules, func(r ruleset.Rule) bool { return strings.HasSuffix(r.String(), " accept") || strings.HasSuffix(r.String(), " return") })
 			}
 		}
 	}

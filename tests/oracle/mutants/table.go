@@ -134,11 +134,11 @@ var mutants = []mutant{
 	},
 	{
 		"policy-chain-shared", "the name of a policy's chain does not depend on its namespace", renderGo,
-		[]edit{{`ID("egress", c.namespace, c.name)`, `ID("egress", c.name)`}},
+		[]edit{{"identity := []string{DirectionEgress}\n\tfor _, c := range policies {\n\t\tidentity = append(identity, c.namespace, c.name)", "identity := []string{DirectionEgress}\n\tfor _, c := range policies {\n\t\tidentity = append(identity, c.name)"}},
 	},
 	{
-		"peer-chain-shared", "the name of a chain of peers does not depend on the peers", renderGo,
-		[]edit{{"identity = append(identity, rules[i].String())", "_ = identity"}},
+		"port-ranges-shared", "the name of a set of port ranges does not depend on the ranges", peersGo,
+		[]edit{{"ID(append([]string{setPortRanges}, elemStrings(elements)...)...)", "ID(setPortRanges)"}},
 	},
 	{
 		"host-network-peer", "a hostNetwork pod is a peer under the node's address", peersGo,
@@ -358,14 +358,11 @@ var mutants = []mutant{
 	// Directions, the node, the pod itself.
 	{
 		"egress-accept-is-final", "what the sender's policies allow is not judged by the receiver's", baseGo,
-		[]edit{
-			{"r.chain(chainEgress, &ruleset.Hook{Name: \"forward\", Priority: priorityEgress}, first, bySource)", "r.chain(chainEgress, &ruleset.Hook{Name: \"forward\", Priority: priorityEgress}, first, bySource, byDestination)"},
-			{"r.chain(chainIngress, &ruleset.Hook{Name: \"forward\", Priority: priorityIngress}, head, byDestination, []ruleset.Rule{unregistered})", "r.chain(chainIngress, &ruleset.Hook{Name: \"forward\", Priority: priorityIngress}, head)\n\t_ = unregistered"},
-		},
+		[]edit{{"allowed = ruleset.Verdict{Kind: ruleset.Return}", "allowed = ruleset.Verdict{Kind: ruleset.Accept}"}},
 	},
 	{
 		"directions-swapped", "an ingress rule is compared with the destination", renderGo,
-		[]edit{{"return r.product(rule, mergePorts(numbers), sources)", "return r.product(rule, mergePorts(numbers), destinations)"}},
+		[]edit{{"return r.product(rule, mergePorts(numbers), sources, accept)", "return r.product(rule, mergePorts(numbers), destinations, accept)"}},
 	},
 	{
 		"own-node-open", "egress policies do not hold for the own node", baseGo,
@@ -377,15 +374,23 @@ var mutants = []mutant{
 	},
 	{
 		"hairpin-denied", "a pod does not reach itself through its own Service", renderGo,
-		[]edit{{"c.Rules = append(c.Rules, r.hairpin(e, prefix)...)\n", ""}},
+		[]edit{{"for _, ip := range e.IPs {\n\t\trules = append(rules, ruleset.NewRule(ruleset.Address(daddr(ip), ip), allowed))", "for _, ip := range e.IPs[:0] {\n\t\trules = append(rules, ruleset.NewRule(ruleset.Address(daddr(ip), ip), allowed))"}},
 	},
 	{
 		"hairpin-any-interface", "who forges a pod's own address as the source is let in to it", renderGo,
 		[]edit{{"ruleset.Cmp{Field: ruleset.IIFName, Value: iif}, ruleset.Address(saddr(ip), ip)", "ruleset.Address(saddr(ip), ip)"}},
 	},
 	{
-		"pod-chain-open-end", "what no policy accepts is accepted", renderGo,
-		[]edit{{"c.Rules = append(c.Rules, r.deny(logPrefix(prefix, e.ID))...)\n", ""}},
+		"pod-chain-open-end", "what no ingress policy accepts is accepted", renderGo,
+		[]edit{{"r.chain(prefixIngress+e.ID, nil, rules, r.deny(tell))", "r.chain(prefixIngress+e.ID, nil, rules, tell)"}},
+	},
+	{
+		"profile-open-end", "what no egress policy allows goes on", baseGo,
+		[]edit{{"ruleset.NewRule(ruleset.Related, allowed)}, r.deny(tell))", "ruleset.NewRule(ruleset.Related, allowed)}, tell)"}},
+	},
+	{
+		"profile-goes-nowhere", "the egress chain of a set of policies has no end", renderGo,
+		[]edit{{"Rules: append(rules, ruleset.NewRule(ruleset.To(ruleset.Goto, chainUnsent)))", "Rules: rules"}},
 	},
 	{
 		"jump-as-goto", "the chain of a policy does not come back to that of the next", renderGo,
