@@ -31,6 +31,7 @@ type Engine struct {
 	index     *index
 
 	endpoints   map[string]*liveEndpoint
+	turn        uint64                            // counts SetEndpoints
 	byNamespace map[string]map[*liveEndpoint]bool // those whose pod is known
 	stale       map[*liveEndpoint]bool            // to be rendered
 	// policies are those of the namespaces of endpoints, sorted by name; others are compiled for their problems only.
@@ -57,6 +58,7 @@ type Engine struct {
 // liveEndpoint is an endpoint as it was last set, and what it has in the ruleset.
 type liveEndpoint struct {
 	Endpoint
+	turn     uint64 // of the SetEndpoints that had it last
 	gone     bool
 	own      *fragment
 	uses     []*fragment // of policies, in both directions
@@ -302,9 +304,8 @@ func (e *Engine) follow() {
 
 // SetEndpoints replaces the endpoints of the node. Those that are as they were cost a comparison.
 func (e *Engine) SetEndpoints(list []Endpoint) {
-	here := make(map[string]bool, len(list))
+	e.turn++
 	for i := range list {
-		here[list[i].ID] = true
 		ep := e.endpoints[list[i].ID]
 		switch {
 		case ep == nil:
@@ -316,9 +317,10 @@ func (e *Engine) SetEndpoints(list []Endpoint) {
 			ep.Endpoint = list[i]
 			e.settle(ep)
 		}
+		ep.turn = e.turn
 	}
 	for id, ep := range e.endpoints {
-		if !here[id] {
+		if ep.turn != e.turn {
 			e.unsettle(ep)
 			ep.gone = true
 			delete(e.endpoints, id)
@@ -884,18 +886,15 @@ func shallow(t *ruleset.Table) *ruleset.Table {
 	return &ruleset.Table{ID: t.ID, Sets: maps.Clone(t.Sets), Chains: maps.Clone(t.Chains)}
 }
 
-// Version changes whenever Endpoints or Problems may have.
+// Version changes whenever Verdicts or Problems may have.
 func (e *Engine) Version() uint64 { return e.version }
 
-// Endpoints returns which policies isolate the endpoints, as Output.Endpoints.
-func (e *Engine) Endpoints() map[string]Verdicts {
-	m := make(map[string]Verdicts, len(e.endpoints))
-	for id, ep := range e.endpoints {
-		if ep.Pod != nil {
-			m[id] = ep.verdicts
-		}
+// Verdicts returns which policies isolate an endpoint, as Output.Endpoints.
+func (e *Engine) Verdicts(id string) Verdicts {
+	if ep := e.endpoints[id]; ep != nil && ep.Pod != nil {
+		return ep.verdicts
 	}
-	return m
+	return Verdicts{}
 }
 
 // Problems returns what could not be used as written, as Output.Problems.

@@ -46,8 +46,7 @@ func (l *Loop) Attach(ctx context.Context, a attach.Attachment) error {
 	l.attachmentsChanged()
 	for {
 		now, changed := l.current()
-		s := now.byKey[entry.Key]
-		if s != nil && s.seq == entry.Seq && s.State == StateEnforced {
+		if s := now.of(entry.Seq); s != nil && s.State == StateEnforced {
 			return nil
 		}
 		if now.stopped {
@@ -58,7 +57,7 @@ func (l *Loop) Attach(ctx context.Context, a attach.Attachment) error {
 		case <-ctx.Done():
 			now, _ := l.current()
 			reason := "the daemon has not come to it"
-			if s := now.byKey[entry.Key]; s != nil && s.seq == entry.Seq {
+			if s := now.of(entry.Seq); s != nil {
 				reason = s.Reason
 			}
 			if now.err != nil {
@@ -98,8 +97,7 @@ func (l *Loop) Detach(ctx context.Context, k attach.Key) error {
 	l.attachmentsChanged()
 	for {
 		now, changed := l.current()
-		s := now.byKey[k]
-		if s == nil || s.seq != entry.Seq || s.State == StateDetached {
+		if s := now.of(entry.Seq); s == nil || s.State == StateDetached {
 			return err
 		}
 		select {
@@ -117,7 +115,7 @@ func (l *Loop) Check(_ context.Context, k attach.Key) (attach.Attachment, error)
 		return attach.Attachment{}, fmt.Errorf("%w: %s; delete the pod so that it is added again", ErrUnknown, k)
 	}
 	now, _ := l.current()
-	if s := now.byKey[k]; s == nil || s.seq != e.Seq || s.State != StateEnforced {
+	if s := now.of(e.Seq); s == nil || s.State != StateEnforced {
 		return attach.Attachment{}, fmt.Errorf("attachment %s: %w", k, ErrNotReady)
 	}
 	return e.Attachment, nil

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 
@@ -26,16 +27,16 @@ type state struct {
 	// brief says that nothing of it is in the kernel yet: it is a new attachment. If it can be opened at once, closing its addresses is enough until then.
 	brief bool
 
-	named string // what id has returned
+	// What is asked for in each pass: the names of the endpoint's chains, of the pod and of the attachment.
+	id, podName, name string
 }
 
-// id names the endpoint's chains.
-func (s *state) id() string {
-	if s.named == "" {
-		s.named = policy.ID("attachment", s.entry.ContainerID, s.entry.IfName)
-	}
-	return s.named
+func newState(e registry.Entry) *state {
+	return &state{entry: e, id: endpointID(e.Key), podName: e.Pod.String(), name: e.Key.String()}
 }
+
+// endpointID names the chains of an attachment's endpoint.
+func endpointID(k attach.Key) string { return policy.ID("attachment", k.ContainerID, k.IfName) }
 
 // open reports whether the endpoint may have its policies' chains instead of quarantine.
 func (l *Loop) open(s *state) bool {
@@ -65,7 +66,7 @@ func (l *Loop) wasOpen(e registry.Entry, owners map[netip.Addr]attach.Key) bool 
 			}
 		}
 	}
-	link, ok := policy.Links(l.loaded)[(&state{entry: e}).id()]
+	link, ok := policy.Links(l.loaded)[endpointID(e.Key)]
 	return ok && !slices.ContainsFunc(e.IPs, func(ip netip.Addr) bool { return owners[ip] == e.Key && !slices.Contains(link.IPs, ip) })
 }
 
@@ -87,13 +88,13 @@ func (l *Loop) refresh() (bool, error) {
 		st := l.states[e.Key]
 		changed := false
 		if st == nil || st.entry.Seq != e.Seq || st.entry.Detached != e.Detached {
-			next := &state{entry: e}
+			next := newState(e)
 			if st != nil && st.entry.Seq == e.Seq {
 				next.link, next.hidden, next.pod = st.link, st.hidden, st.pod
 			}
-			next.brief = st == nil && !l.orphaned(next.id())
+			next.brief = st == nil && !l.orphaned(next.id)
 			st, changed = next, true
-			l.states[e.Key] = st
+			l.states[e.Key], l.sorted = st, nil
 		}
 		// Of a link that goes the kernel tells; it may have gone just before DEL came here.
 		if st.link == nil || st.hidden != nil || sweep || changed || slices.Contains(ended, e.HostLink.Index) {
@@ -122,6 +123,7 @@ func (l *Loop) refresh() (bool, error) {
 	for k, st := range l.states {
 		if !seen[k] {
 			delete(l.states, k)
+			l.sorted = nil
 			l.former = append(l.former, st.entry.IPs...)
 		}
 	}
@@ -210,9 +212,10 @@ func (l *Loop) collect() policy.Input {
 		entries[i] = st.entry
 	}
 	owners := registry.Owners(entries)
-	attached := map[string]bool{}
+	attached := make(map[string]bool, len(states))
+	in.Endpoints = make([]policy.Endpoint, 0, len(states)+len(l.here))
 	for _, st := range states {
-		e := policy.Endpoint{ID: st.id(), Name: st.entry.Pod.String(), Link: st.entry.HostLink.Name}
+		e := policy.Endpoint{ID: st.id, Name: st.podName, Link: st.entry.HostLink.Name}
 		for _, ip := range st.entry.IPs {
 			if owners[ip] == st.entry.Key {
 				e.IPs = append(e.IPs, ip)
@@ -229,7 +232,7 @@ func (l *Loop) collect() policy.Input {
 			e.Brief = st.brief && !st.entry.Detached && st.pod != nil && st.link != nil && !l.cfg.Policy.AllowOwnNode
 			e.Ended = st.entry.Detached
 		}
-		attached[st.entry.Pod.String()] = true
+		attached[st.podName] = true
 		in.Endpoints = append(in.Endpoints, e)
 	}
 	l.inputs.attached = attached
@@ -238,21 +241,19 @@ func (l *Loop) collect() policy.Input {
 
 // conflicts reports attachments that lost an address to a later ADD: nothing but their own pod is closed by it.
 func (l *Loop) conflicts(in policy.Input) []policy.Problem {
-	owner := map[netip.Addr]string{}
-	for _, e := range in.Endpoints {
-		for _, ip := range e.IPs {
-			owner[ip] = e.Name
-		}
-	}
 	var problems []policy.Problem
 	for i, st := range l.sortedStates() {
 		for _, ip := range st.entry.IPs {
 			if st.entry.Detached || slices.Contains(in.Endpoints[i].IPs, ip) {
 				continue
 			}
+			owner := ""
+			if j := slices.IndexFunc(in.Endpoints, func(e policy.Endpoint) bool { return slices.Contains(e.IPs, ip) }); j >= 0 {
+				owner = in.Endpoints[j].Name
+			}
 			problems = append(problems, policy.Problem{
 				Object: cluster.Key{Kind: cluster.KindPod, Namespace: st.entry.Pod.Namespace, Name: st.entry.Pod.Name},
-				Reason: fmt.Sprintf("its address %s was given to %s by a later ADD: it can no longer use it; delete the pod, and look why the main plugin's IPAM gave it away", ip, owner[ip]),
+				Reason: fmt.Sprintf("its address %s was given to %s by a later ADD: it can no longer use it; delete the pod, and look why the main plugin's IPAM gave it away", ip, owner),
 			})
 		}
 	}
@@ -318,13 +319,12 @@ func (l *Loop) toward(ip netip.Addr) string {
 	return device
 }
 
+// sortedStates returns the states, oldest first.
 func (l *Loop) sortedStates() []*state {
-	list := make([]*state, 0, len(l.states))
-	for _, st := range l.states {
-		list = append(list, st)
+	if l.sorted == nil {
+		l.sorted = slices.SortedFunc(maps.Values(l.states), func(a, b *state) int { return cmp.Compare(a.entry.Seq, b.entry.Seq) })
 	}
-	slices.SortFunc(list, func(a, b *state) int { return cmp.Compare(a.entry.Seq, b.entry.Seq) })
-	return list
+	return l.sorted
 }
 
 // settle follows a commit: endpoints that have just been closed get rid of former connections, and so do addresses that are
@@ -334,15 +334,12 @@ func (l *Loop) settle(in policy.Input) (bool, error) {
 		return false, nil
 	}
 	again := false
-	owned := map[netip.Addr]bool{}
 	var closed, back []*state
 	brief := map[*state]bool{}
 	var ips, returned []netip.Addr
 	for i, st := range l.sortedStates() {
 		// Only addresses that it owns: a late DEL must not cut the connections of the pod that has the address now.
-		for _, ip := range in.Endpoints[i].IPs {
-			owned[ip] = true
-		}
+		l.former = slices.DeleteFunc(l.former, func(ip netip.Addr) bool { return slices.Contains(in.Endpoints[i].IPs, ip) })
 		switch {
 		case st.clean:
 		case in.Endpoints[i].Pod != nil: // it returns
@@ -354,7 +351,6 @@ func (l *Loop) settle(in policy.Input) (bool, error) {
 			ips = append(ips, in.Endpoints[i].IPs...)
 		}
 	}
-	l.former = slices.DeleteFunc(l.former, func(ip netip.Addr) bool { return owned[ip] })
 	// At once: where it takes a walk through the whole table, it is one, however many addresses there are.
 	err := l.forget(append(ips, l.former...))
 	if err == nil {

@@ -2,11 +2,13 @@
 package reconcile
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -101,11 +103,12 @@ type Loop struct {
 	model     *cluster.Model
 	inForce   ruleset.Ruleset     // what was last committed as a whole
 	endpoints []policy.Endpoint   // those that it was rendered from
-	bridged   map[netip.Addr]bool // addresses of endpoints that are behind a bridge
+	bridged   map[netip.Addr]bool // the addresses of endpoints that are behind a bridge
 
 	// Owned by Run.
 	engine *policy.Engine
 	states map[attach.Key]*state
+	sorted []*state // oldest first; nil: not known
 	// loaded is what the kernel has: the engine's own ruleset, as long as nothing has come between them.
 	loaded  ruleset.Ruleset
 	here    map[cluster.Key]*cluster.Pod // pods whose objects name this node
@@ -130,8 +133,17 @@ type view struct {
 	stopped  bool // Run has returned: nothing will change any more
 	err      error
 	pods     []PodStatus
-	byKey    map[attach.Key]*PodStatus
+	attached int // how many of pods are attachments: those come first, by the numbers of their registrations
 	problems []policy.Problem
+}
+
+// of returns the attachment with the number of a registration, or nil.
+func (v view) of(seq uint64) *PodStatus {
+	i, found := slices.BinarySearchFunc(v.pods[:v.attached], seq, func(s PodStatus, seq uint64) int { return cmp.Compare(s.seq, seq) })
+	if !found {
+		return nil
+	}
+	return &v.pods[i]
 }
 
 // inputs are the node's own part of what the ruleset is rendered from. It is collected anew when something of it may have changed.
@@ -324,7 +336,8 @@ func (l *Loop) start(ctx context.Context) error {
 	entries := l.registry.Entries()
 	owners := registry.Owners(entries)
 	for _, e := range entries {
-		l.states[e.Key] = &state{entry: e, clean: l.wasOpen(e, owners)}
+		l.states[e.Key], l.sorted = newState(e), nil
+		l.states[e.Key].clean = l.wasOpen(e, owners)
 	}
 	if err := l.findOrphans(); err != nil {
 		return err
@@ -376,12 +389,20 @@ func (l *Loop) pass(ctx context.Context) error {
 		l.done(w)
 		l.refused.taken()
 		again, err := l.settle(w.in)
-		l.publish(w)
+		if !again || w.whole != nil || opens(w.delta) {
+			l.publish(w)
+		}
 		l.markOpened(w.in)
 		if err = errors.Join(partial, err); err != nil || !again {
 			return err
 		}
 	}
+}
+
+// opens reports whether a transaction may have done what somebody waits for: to open an attachment takes chains, and so does to close one
+// that was open.
+func opens(d ruleset.Delta) bool {
+	return slices.ContainsFunc(d.Apply, func(op ruleset.Op) bool { return op.Chain != nil })
 }
 
 // wanted is what a pass is to bring about.
@@ -436,8 +457,11 @@ func (l *Loop) done(w wanted) {
 	if l.inputs.bridgedOf != l.inputs.version {
 		l.inputs.bridgedOf, l.bridged = l.inputs.version, map[netip.Addr]bool{}
 		for _, e := range w.in.Endpoints {
+			if e.Bridge == "" {
+				continue
+			}
 			for _, ip := range e.IPs {
-				l.bridged[ip] = e.Bridge != ""
+				l.bridged[ip] = true
 			}
 		}
 	}

@@ -22,7 +22,7 @@ type orphan struct {
 func (l *Loop) findOrphans() error {
 	registered := map[string]bool{}
 	for _, st := range l.states {
-		registered[st.id()] = true
+		registered[st.id] = true
 	}
 	for id, link := range policy.Links(l.loaded) {
 		if registered[id] {
@@ -69,6 +69,9 @@ func (l *Loop) lookAtOrphans() error {
 // closeOrphans adds them, closed, with those of their addresses that nobody has been given since. One that the API knows by
 // its addresses, and that was adopted for that, keeps its veth instead.
 func (l *Loop) closeOrphans(in policy.Input, owners map[netip.Addr]attach.Key) policy.Input {
+	if len(l.orphans) == 0 {
+		return in
+	}
 	taken := map[string]bool{}
 	adopted := map[netip.Addr]*policy.Endpoint{}
 	for i := range in.Endpoints {

@@ -7,7 +7,6 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/podwall/podwall/pkg/attach"
 	"github.com/podwall/podwall/pkg/cluster"
 	"github.com/podwall/podwall/pkg/policy"
 	"github.com/podwall/podwall/pkg/ruleset"
@@ -68,13 +67,12 @@ func (l *Loop) publish(w wanted) {
 		return
 	}
 	i.shown, i.engineShown, i.refusedShown = i.version, l.engine.Version(), refused
-	in, out := w.in, w.next
+	in, problems, verdicts := w.in, w.next.Problems, func(id string) policy.Verdicts { return w.next.Endpoints[id] }
 	if w.whole == nil {
-		out = policy.Output{Endpoints: l.engine.Endpoints(), Problems: l.engine.Problems()}
+		problems, verdicts = l.engine.Problems(), l.engine.Verdicts
 	}
-	out.Problems = l.problemsOf(in, out.Problems)
-	v := view{ready: true, byKey: map[attach.Key]*PodStatus{}, problems: out.Problems}
 	states := l.sortedStates()
+	v := view{ready: true, attached: len(states), problems: l.problemsOf(in, problems)}
 	counts := map[string]int{StateEnforced: 0, StateHidden: 0, StateQuarantined: 0, StateDetached: 0}
 	adopted := 0
 	v.pods = make([]PodStatus, len(in.Endpoints))
@@ -82,12 +80,13 @@ func (l *Loop) publish(w wanted) {
 		s := &v.pods[i]
 		s.IPs, s.Link, s.Bridge = e.IPs, e.Link, e.Bridge
 		s.State = StateEnforced
-		s.Ingress, s.Egress = out.Endpoints[e.ID].Ingress, out.Endpoints[e.ID].Egress
+		by := verdicts(e.ID)
+		s.Ingress, s.Egress = by.Ingress, by.Egress
 		switch {
 		case i < len(states): // endpoints of attachments come first, in the same order
 			st := states[i]
 			s.Namespace, s.Name = st.entry.Pod.Namespace, st.entry.Pod.Name
-			s.Attachment, s.seq = st.entry.String(), st.entry.Seq
+			s.Attachment, s.seq = st.name, st.entry.Seq
 			if e.Pod == nil {
 				s.State, s.Reason = StateQuarantined, l.reason(st)
 				if st.entry.Detached && st.clean {
@@ -97,7 +96,6 @@ func (l *Loop) publish(w wanted) {
 			if s.State == StateEnforced && st.hidden != nil {
 				s.State, s.Reason = StateHidden, st.hidden.Error()
 			}
-			v.byKey[st.entry.Key] = s
 		case e.Pod == nil:
 			s.Name, s.State, s.Reason = lostRegistration, StateDetached, "its registration is damaged or was removed; delete the pod"
 		default:
@@ -117,9 +115,9 @@ func (l *Loop) publish(w wanted) {
 		l.cfg.Metrics.Attachments.WithLabelValues(state).Set(float64(n))
 	}
 	l.cfg.Metrics.AdoptedPods.Set(float64(adopted))
-	l.cfg.Metrics.Problems.Set(float64(len(out.Problems)))
+	l.cfg.Metrics.Problems.Set(float64(len(v.problems)))
 	l.cfg.Metrics.Synced.Set(1)
-	l.logProblems(out.Problems)
+	l.logProblems(v.problems)
 
 	l.show(v)
 }
