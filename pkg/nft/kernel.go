@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
@@ -125,16 +126,21 @@ func commit(ctx context.Context, d ruleset.Delta, transaction func([]ruleset.Op)
 // transaction sends the operations as one batch and returns which of them was refused, if the kernel says so.
 func (k *Kernel) transaction(ops []ruleset.Op) (string, error) { return k.transact(ops, 0) }
 
-// CanLog reports whether the kernel can send packets to an NFLOG group (CONFIG_NFT_LOG, CONFIG_NETFILTER_NETLINK_LOG): it is asked by
+// CanLog reports whether the kernel can send packets to an NFLOG group (CONFIG_NFT_LOG, CONFIG_NETFILTER_NETLINK_LOG), and some of each source alone: it is asked by
 // a transaction that is given up. A transaction with a rule that it cannot do is refused as a whole.
 func (k *Kernel) CanLog(group uint16) (bool, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	id := ruleset.TableID{Family: ruleset.Inet, Name: fmt.Sprintf("podwall-probe-%08x", rand.Uint32())}
-	chain := &ruleset.Chain{Name: "log", Rules: []ruleset.Rule{ruleset.NewRule(ruleset.Limit{PerSecond: 1, Burst: 1}, ruleset.Log{Prefix: "probe", Group: group})}}
+	log := ruleset.Log{Prefix: "probe", Group: group}
+	each := &ruleset.Set{Name: "each", Key: []ruleset.KeyType{ruleset.IPv4Addr}, Dynamic: true, Timeout: time.Minute, Size: 1}
+	chain := &ruleset.Chain{Name: "log", Rules: []ruleset.Rule{
+		ruleset.NewRule(ruleset.Limit{PerSecond: 1, Burst: 1}, log),
+		ruleset.NewRule(ruleset.LimitEach{Field: ruleset.IPSaddr, Set: each.Name, PerSecond: 1, Burst: 1}, log),
+	}}
 	b := &k.batch
 	b.start(k.nl.PID(), 0)
-	for i, op := range []ruleset.Op{{Kind: ruleset.AddTable, Table: id}, {Kind: ruleset.AddChain, Table: id, Chain: chain}, {Kind: ruleset.AddRules, Table: id, Chain: chain}} {
+	for i, op := range []ruleset.Op{{Kind: ruleset.AddTable, Table: id}, {Kind: ruleset.AddSet, Table: id, Set: each}, {Kind: ruleset.AddChain, Table: id, Chain: chain}, {Kind: ruleset.AddRules, Table: id, Chain: chain}} {
 		if err := b.operation(i, op, false); err != nil {
 			return false, fmt.Errorf("ask whether the kernel can log: %w", err)
 		}

@@ -60,8 +60,8 @@ func (r *renderer) base() {
 		ruleset.NewRule(ruleset.Prefix{Field: ruleset.IP6Daddr, Prefix: multicast6}, ruleset.To(ruleset.Jump, chainGroups)),
 	}
 	r.isolatedSets(setEgressIsolated)
+	r.isolatedSets(setIngressIsolated)
 	if r.in.Options.Cut {
-		r.isolatedSets(setIngressIsolated)
 		r.revocation()
 		first = append(first, ruleset.NewRule(ruleset.To(ruleset.Jump, chainRevoked)))
 	}
@@ -69,7 +69,13 @@ func (r *renderer) base() {
 	// report. (On a bridge the link is not known here, and the port's own chain sees to it.)
 	r.table.Sets[setIsolatedLinks] = &ruleset.Set{Name: setIsolatedLinks, Key: []ruleset.KeyType{ruleset.IfName}, Elements: map[ruleset.Elem]ruleset.Verdict{}}
 	unregistered := dropRule(ruleset.In{Fields: []ruleset.Field{ruleset.OIFName}, Set: setIsolatedLinks})
-	r.chain(chainForward, &ruleset.Hook{Name: "forward", Priority: priorityFilter}, first, bySource, byDestination, []ruleset.Rule{unregistered})
+	// No chain of an isolated pod returns. But a packet sees the elements of now with the rules of when it came (ruleset.Diff), and so, while a pod is
+	// being opened, its new chain without any.
+	torn := []ruleset.Rule{
+		dropRule(ruleset.In{Fields: []ruleset.Field{ruleset.IPDaddr}, Set: setIngressIsolated[0]}),
+		dropRule(ruleset.In{Fields: []ruleset.Field{ruleset.IP6Daddr}, Set: setIngressIsolated[1]}),
+	}
+	r.chain(chainForward, &ruleset.Hook{Name: "forward", Priority: priorityFilter}, first, bySource, byDestination, torn, []ruleset.Rule{unregistered})
 	node := [][]ruleset.Rule{first, r.nodeRules()}
 	if !r.in.Options.AllowOwnNode {
 		node = append(node, bySource)

@@ -38,6 +38,14 @@ func (c *compiled) ingressName(pod *cluster.Pod) string {
 	return n
 }
 
+// breadth is 1 for a policy that selects all pods of its namespace, and 0 for others.
+func (c *compiled) breadth() int {
+	if s, ok := c.subject.(labels.Selector); ok && s.Empty() {
+		return 1
+	}
+	return 0
+}
+
 // matcher is what a selector does.
 type matcher interface{ Matches(labels.Labels) bool }
 

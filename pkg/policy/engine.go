@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"cmp"
 	"maps"
 	"net/netip"
 	"slices"
@@ -440,46 +441,53 @@ func (e *Engine) spread(k cluster.Key, old *compiled) {
 	if i, ok := slices.BinarySearchFunc(list, k.Name, func(c *compiled, name string) int { return strings.Compare(c.name, name) }); ok {
 		now = list[i]
 	}
+	chains := map[*fragment][]*fragment{} // by the first of those before
 	for ep := range e.byNamespace[k.Namespace] {
 		if e.stale[ep] {
 			continue
 		}
 		pod := labels.Set(ep.Pod.Labels)
 		was, is := old != nil && old.subject.Matches(pod), now != nil && now.subject.Matches(pod)
-		if (was || is) && (was != is || !e.swap(ep, old, now)) {
+		if (was || is) && (was != is || !e.swap(ep, old, now, chains)) {
 			e.stale[ep] = true
 		}
 	}
 }
 
-// swap replaces the fragments of a policy in an endpoint that calls the same chains before and after, and reports whether it does.
-func (e *Engine) swap(ep *liveEndpoint, old, now *compiled) bool {
+// swap replaces the fragments of a policy in an endpoint that calls the same chains before and after, and reports whether it does. It keeps in
+// chains what egress chains have become.
+func (e *Engine) swap(ep *liveEndpoint, old, now *compiled, chains map[*fragment][]*fragment) bool {
 	if (old.ingress == nil) != (now.ingress == nil) || (old.egress == nil) != (now.egress == nil) {
 		return false
 	}
-	next := make([]*fragment, len(ep.uses))
-	for i, f := range ep.uses {
+	var next, parts []*fragment
+	var first *fragment // of the egress chains, which come last
+	for _, f := range ep.uses {
 		switch {
 		case f.parts != nil:
-			parts := slices.Clone(f.parts)
-			for j, p := range parts {
-				if p.of == old {
-					parts[j] = e.egressFragment(now)
-				}
-			}
-			next[i] = e.profile(f.name, parts)
+			first = cmp.Or(first, f)
+			continue
 		case f.of == old && f.egress:
-			if next[i] = e.egressFragment(now); (len(next[i].rules) == 0) != (len(f.rules) == 0) {
-				return false
-			}
+			f = e.egressFragment(now)
 		case f.of == old:
-			if next[i] = e.ingressFragment(now, ep.Pod); next[i].name != f.name || next[i].empty != f.empty {
+			was := f
+			if f = e.ingressFragment(now, ep.Pod); f.name != was.name || f.empty != was.empty {
 				return false
 			}
 		}
+		if next = append(next, f); f.egress {
+			parts = append(parts, f)
+		}
+	}
+	if first == nil || chains[first] == nil {
+		chains[first] = e.profilesOf(parts)
+	}
+	next = append(next, chains[first]...)
+	if !slices.EqualFunc(next, ep.uses, func(a, b *fragment) bool { return a.name == b.name }) {
+		return false
 	}
 	for i, f := range next {
-		if f != nil && f != ep.uses[i] {
+		if f != ep.uses[i] {
 			e.enter(ep, f)
 			e.leave(ep, ep.uses[i])
 			ep.uses[i] = f
@@ -525,20 +533,16 @@ func (e *Engine) renderEndpoint(ep *liveEndpoint) {
 			return f.jump, !f.empty
 		}
 		r.egress = func(list []*compiled) string {
-			var parts []*fragment
-			var policies []*compiled
-			for _, c := range list {
-				f := e.egressFragment(c)
-				if uses = append(uses, f); len(f.rules) > 0 {
-					parts, policies = append(parts, f), append(policies, c)
-				}
+			parts := make([]*fragment, len(list))
+			for i, c := range list {
+				parts[i] = e.egressFragment(c)
 			}
-			if parts == nil {
+			chains := e.profilesOf(parts)
+			uses = slices.Concat(uses, parts, chains)
+			if chains == nil {
 				return chainUnsent
 			}
-			f := e.profile(profileName(policies), parts)
-			uses = append(uses, f)
-			return f.name
+			return chains[0].name
 		}
 		r.endpoint(&ep.Endpoint)
 		ep.own = &fragment{owner: ep}
@@ -592,19 +596,27 @@ func (e *Engine) policyFragment(c *compiled, name string, render func(*renderer,
 	return f
 }
 
-// profile returns the egress chain of that name, which has the rules of these fragments.
-func (e *Engine) profile(name string, parts []*fragment) *fragment {
-	if f := e.profiles[name]; f != nil && slices.Equal(f.parts, parts) {
-		return f
+// profilesOf returns the egress chains of endpoints that are under the policies of these fragments, rendered once for all of them.
+func (e *Engine) profilesOf(parts []*fragment) []*fragment {
+	policies := make([]sending, len(parts))
+	for i, p := range parts {
+		policies[i] = sending{p.of, p.rules}
 	}
-	var rules []ruleset.Rule
-	for _, p := range parts {
-		rules = append(rules, p.rules...)
+	var list []*fragment
+	for _, p := range profiles(policies) {
+		same := func(c *compiled, s sending) bool { return c == s.of }
+		f := e.profiles[p.name]
+		if f == nil || !slices.EqualFunc(f.parts, p.policies, same) {
+			f = &fragment{name: p.name, egress: true, users: map[*liveEndpoint]bool{}}
+			for _, s := range p.policies {
+				f.parts = append(f.parts, s.of)
+			}
+			f.chains = []placed[*ruleset.Chain]{{objectName{name: p.name}, p.chain()}}
+			e.profiles[p.name] = f
+		}
+		list = append(list, f)
 	}
-	f := &fragment{name: name, egress: true, parts: parts, users: map[*liveEndpoint]bool{}}
-	f.chains = []placed[*ruleset.Chain]{{objectName{name: name}, profile(name, rules)}}
-	e.profiles[name] = f
-	return f
+	return list
 }
 
 // collect puts what has been rendered to scratch tables into a fragment.

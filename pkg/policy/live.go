@@ -120,7 +120,7 @@ type liveSelector struct {
 type fragment struct {
 	owner  *liveEndpoint // of an endpoint's
 	of     *compiled     // of a policy's
-	parts  []*fragment   // of a set of policies: theirs
+	parts  []*compiled   // of a set of policies: those whose rules the chain has
 	egress bool          // of all but an endpoint's: the direction
 	name   string
 	rules  []ruleset.Rule // of a policy's, egress

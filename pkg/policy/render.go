@@ -25,6 +25,13 @@ const maxProduct = 32
 // minPortSet is the number of single ports from which on a set is cheaper than rules.
 const minPortSet = 3
 
+// mostInline is up to how many egress rules of a policy are copied to each set of policies that it is in, and mostGotos how many larger ones may
+// follow: the kernel goes 16 chains deep (NFT_JUMP_STACK_SIZE), of which podwall has six.
+const (
+	mostInline = 32
+	mostGotos  = 8
+)
+
 // renderer builds one ruleset. Its maps share what is equal: a policy's chain between pods, a selector's sets between
 // policies.
 type renderer struct {
@@ -122,7 +129,7 @@ func (r *renderer) endpoint(e *Endpoint) {
 	}
 	if in != nil {
 		r.ingressEnd(e, in)
-		r.dispatch(e, mapIngress4, mapIngress6, ruleset.To(ruleset.Goto, prefixIngress+e.ID))
+		r.dispatch(e, mapIngress4, mapIngress6, ruleset.To(ruleset.Jump, prefixIngress+e.ID))
 		r.isolate(e, setIngressIsolated)
 	}
 	if out != nil {
@@ -153,8 +160,7 @@ func (r *renderer) dispatch(e *Endpoint, map4, map6 string, verdict ruleset.Verd
 	}
 }
 
-// ingressEnd renders the chain of an endpoint that is isolated for ingress. It is reached by goto, so its end is the end: what no policy
-// accepted is denied.
+// ingressEnd renders the chain of an endpoint that is isolated for ingress. It does not return: what no policy accepted is denied.
 func (r *renderer) ingressEnd(e *Endpoint, policies []*compiled) {
 	rules := []ruleset.Rule{ruleset.NewRule(ruleset.NotNew, ruleset.To(ruleset.Jump, chainNotNew)).WithComment(e.Name + " ingress")}
 	for _, p := range policies {
@@ -204,36 +210,84 @@ func (r *renderer) deny(tell []ruleset.Rule) []ruleset.Rule {
 	return append(tell, ruleset.NewRule(ruleset.Counter{}, drop))
 }
 
-// profileChain renders the egress chain of endpoints that are under these policies, which are of one namespace, and returns its name. Policies
-// without rules allow nothing.
-func (r *renderer) profileChain(list []*compiled) string {
-	var policies []*compiled
-	var rules []ruleset.Rule
-	for _, c := range list {
-		if own := r.egressRules(c); len(own) > 0 {
-			policies, rules = append(policies, c), append(rules, own...)
+// sending are the egress rules of one policy.
+type sending struct {
+	of    *compiled
+	rules []ruleset.Rule
+}
+
+// profile is a chain with the egress rules of some policies. It goes on to the chain next.
+type profile struct {
+	name, next string
+	policies   []sending
+}
+
+// profiles lays out the egress rules of the policies that an endpoint is under, which are of one namespace and sorted by name: in chains of which
+// each goes on to the next. They are written out, as a policy's own chain could return to its caller only, and an accept would not leave the
+// packet to the receiver's policies. So a set of policies has the rules of all that are in it, but for a few large ones: each of those
+// has a chain that all share who go on from it to the same ones. The ones that select all pods come last, and else the largest.
+func profiles(list []sending) []profile {
+	var inline, large []sending
+	for _, p := range list {
+		switch {
+		case len(p.rules) > mostInline:
+			large = append(large, p)
+		case len(p.rules) > 0: // else it allows nothing
+			inline = append(inline, p)
 		}
 	}
-	if policies == nil {
+	slices.SortStableFunc(large, func(a, b sending) int {
+		return cmp.Or(cmp.Compare(a.of.breadth(), b.of.breadth()), cmp.Compare(len(a.rules), len(b.rules)))
+	})
+	if n := len(large) - mostGotos; n > 0 {
+		inline, large = append(inline, large[:n]...), large[n:]
+	}
+	var chains []profile
+	if inline != nil {
+		chains = append(chains, profile{policies: inline})
+	}
+	for _, p := range large {
+		chains = append(chains, profile{policies: []sending{p}})
+	}
+	next := chainUnsent
+	var identity []string
+	for i := len(chains) - 1; i >= 0; i-- {
+		for _, p := range slices.Backward(chains[i].policies) {
+			identity = append(identity, p.of.namespace, p.of.name)
+		}
+		chains[i].name, chains[i].next = prefixProfile+ID(append([]string{DirectionEgress}, identity...)...), next
+		next = chains[i].name
+	}
+	return chains
+}
+
+func (p profile) chain() *ruleset.Chain {
+	c := &ruleset.Chain{Name: p.name}
+	for _, s := range p.policies {
+		c.Rules = append(c.Rules, s.rules...)
+	}
+	c.Rules = append(c.Rules, ruleset.NewRule(ruleset.To(ruleset.Goto, p.next)))
+	return c
+}
+
+// profileChain renders the egress chains of endpoints that are under these policies, and returns the name of the first.
+func (r *renderer) profileChain(list []*compiled) string {
+	policies := make([]sending, len(list))
+	for i, c := range list {
+		policies[i] = sending{c, r.egressRules(c)}
+	}
+	chains := profiles(policies)
+	for _, p := range chains {
+		r.table.Chains[p.name] = p.chain()
+	}
+	return first(chains)
+}
+
+func first(chains []profile) string {
+	if len(chains) == 0 {
 		return chainUnsent
 	}
-	name := profileName(policies)
-	r.table.Chains[name] = profile(name, rules)
-	return name
-}
-
-func profileName(policies []*compiled) string {
-	identity := []string{DirectionEgress}
-	for _, c := range policies {
-		identity = append(identity, c.namespace, c.name)
-	}
-	return prefixProfile + ID(identity...)
-}
-
-// profile is the egress chain of endpoints, with the rules of all their policies. They are written out in it, since a policy's own chain could
-// return to it only, and an accept would not leave the packet to the receiver's policies.
-func profile(name string, rules []ruleset.Rule) *ruleset.Chain {
-	return &ruleset.Chain{Name: name, Rules: append(rules, ruleset.NewRule(ruleset.To(ruleset.Goto, chainUnsent)))}
+	return chains[0].name
 }
 
 // ingressName returns the name of the chain of a policy's ingress rules. Named ports are resolved on the receiving pod, so pods
@@ -344,15 +398,12 @@ var (
 
 // product renders a rule of a policy: its ports, each with each of its peers.
 func (r *renderer) product(rule *rule, ports []portRange, fields fieldPair, verdict ruleset.Verdict) []ruleset.Rule {
-	alternatives := r.portMatches(rule, ports)
-	if len(alternatives) == 0 {
+	if !rule.anyPort && len(ports) == 0 {
 		return nil // named ports only: the sets of the peers' addresses would be for nobody
 	}
 	var rules []ruleset.Rule
 	peers := r.peerMatches(rule, fields)
-	if len(alternatives) > 1 && len(alternatives)*len(peers) > maxProduct {
-		alternatives = r.portRangeMatches(ports, alternatives)
-	}
+	alternatives := r.portMatches(rule, ports, len(peers))
 	for _, port := range alternatives {
 		for _, peer := range peers {
 			rules = append(rules, ruleset.NewRule(slices.Concat(port, peer, []ruleset.Expr{verdict})...))
@@ -361,53 +412,55 @@ func (r *renderer) product(rule *rule, ports []portRange, fields fieldPair, verd
 	return rules
 }
 
-// portRangeMatches returns alternatives that match the same ports, at most one for each protocol, for rules that have many peers as well: their
-// rules are a sum then and not a product, which the author of a policy could make as large as he likes.
-func (r *renderer) portRangeMatches(ports []portRange, alternatives [][]ruleset.Expr) [][]ruleset.Expr {
-	byProto := map[cluster.Protocol][]portRange{}
-	for _, p := range ports {
-		byProto[p.proto] = append(byProto[p.proto], p)
-	}
-	if len(alternatives) <= len(byProto) {
-		return alternatives
-	}
-	var matches [][]ruleset.Expr
-	for _, proto := range slices.Sorted(maps.Keys(byProto)) {
-		match := []ruleset.Expr{ruleset.Equal(ruleset.L4Proto, uint8(proto))}
-		if !byProto[proto][0].every {
-			match = append(match, ruleset.In{Fields: []ruleset.Field{ruleset.Dport}, Set: r.portRangeSet(byProto[proto])})
-		}
-		matches = append(matches, match)
-	}
-	return matches
-}
-
-// portMatches returns the alternatives that match a rule's ports; an empty list of expressions matches everything, ICMP too.
-func (r *renderer) portMatches(rule *rule, ports []portRange) [][]ruleset.Expr {
+// portMatches returns the alternatives that match a rule's ports; an empty list of expressions matches everything, ICMP too. Where there would be
+// many for so many peers, there is one for each protocol: the rules are a sum then and not a product, which the author of a policy could
+// make as large as he likes.
+func (r *renderer) portMatches(rule *rule, ports []portRange, peers int) [][]ruleset.Expr {
 	if rule.anyPort {
 		return [][]ruleset.Expr{nil}
 	}
-	var matches [][]ruleset.Expr
-	var singles []portRange
+	var whole, ranges, singles []portRange
 	for _, p := range ports {
-		proto := ruleset.Equal(ruleset.L4Proto, uint8(p.proto))
 		switch {
 		case p.every:
-			matches = append(matches, []ruleset.Expr{proto})
+			whole = append(whole, p)
 		case p.from == p.to:
 			singles = append(singles, p)
 		default:
-			matches = append(matches, []ruleset.Expr{proto, ruleset.Between16(ruleset.Dport, p.from, p.to)})
+			ranges = append(ranges, p)
 		}
 	}
-	if len(singles) >= minPortSet {
+	var matches [][]ruleset.Expr
+	match := func(proto cluster.Protocol, more ...ruleset.Expr) {
+		matches = append(matches, append([]ruleset.Expr{ruleset.Equal(ruleset.L4Proto, uint8(proto))}, more...))
+	}
+	for _, p := range whole {
+		match(p.proto)
+	}
+	inSet := len(singles) >= minPortSet
+	n := len(whole) + len(ranges) + len(singles)
+	if inSet {
+		n += 1 - len(singles)
+	}
+	if n > 1 && n*peers > maxProduct {
+		byProto := map[cluster.Protocol][]portRange{}
+		for _, p := range slices.Concat(ranges, singles) {
+			byProto[p.proto] = append(byProto[p.proto], p)
+		}
+		for _, proto := range slices.Sorted(maps.Keys(byProto)) {
+			match(proto, ruleset.In{Fields: []ruleset.Field{ruleset.Dport}, Set: r.portRangeSet(byProto[proto])})
+		}
+		return matches
+	}
+	for _, p := range ranges {
+		match(p.proto, ruleset.Between16(ruleset.Dport, p.from, p.to))
+	}
+	if inSet {
 		key := []ruleset.Field{ruleset.L4Proto, ruleset.Dport}
 		return append(matches, []ruleset.Expr{ruleset.In{Fields: key, Set: r.portSet(singles)}})
 	}
 	for _, p := range singles {
-		matches = append(matches, []ruleset.Expr{
-			ruleset.Equal(ruleset.L4Proto, uint8(p.proto)), ruleset.Equal16(ruleset.Dport, p.from),
-		})
+		match(p.proto, ruleset.Equal16(ruleset.Dport, p.from))
 	}
 	return matches
 }

@@ -174,9 +174,6 @@ func (r *renderer) isolatedSets(names [2]string) {
 
 // isolate notes an endpoint's addresses as isolated in a direction.
 func (r *renderer) isolate(e *Endpoint, sets [2]string) {
-	if r.table.Sets[sets[0]] == nil {
-		return
-	}
 	for _, ip := range e.IPs {
 		i := 1
 		if ip.Is4() {

@@ -402,7 +402,7 @@ func (l *Loop) pass(ctx context.Context) error {
 // opens reports whether a transaction may have done what somebody waits for: to open an attachment takes chains, and so does to close one
 // that was open.
 func opens(d ruleset.Delta) bool {
-	return slices.ContainsFunc(d.Apply, func(op ruleset.Op) bool { return op.Chain != nil })
+	return slices.ContainsFunc(slices.Concat(d.Prepare, d.Apply), func(op ruleset.Op) bool { return op.Chain != nil })
 }
 
 // wanted is what a pass is to bring about.

@@ -248,7 +248,7 @@ func TestAttach(t *testing.T) {
 			t.Errorf("%d links have chains", n)
 		}
 		id := policy.ID("attachment", "c1", "eth0")
-		if v, _ := w.element("in4", ip1); v != ruleset.To(ruleset.Goto, "in_"+id) {
+		if v, _ := w.element("in4", ip1); v != ruleset.To(ruleset.Jump, "in_"+id) {
 			t.Errorf("in4 has %v", v)
 		}
 		// The same again is answered at once and changes nothing.
@@ -522,7 +522,7 @@ func TestReusedAddress(t *testing.T) {
 		w.mu.Unlock()
 		w.LinkGone(0)
 		synctest.Wait()
-		want := ruleset.To(ruleset.Goto, "in_"+policy.ID("attachment", "young", "eth0"))
+		want := ruleset.To(ruleset.Jump, "in_"+policy.ID("attachment", "young", "eth0"))
 		if v, _ := w.element("in4", ip1); v != want {
 			t.Errorf("in4 has %v, want %v", v, want)
 		}
@@ -771,7 +771,7 @@ func TestAddressComesBack(t *testing.T) {
 		if diff := cmp.Diff([]string{"10.0.0.1"}, w.forgets[forgets:]); diff != "" || !w.forgotten[len(w.forgotten)-1] {
 			t.Errorf("forgotten (-want +got), closed %v:\n%s", w.forgotten, diff)
 		}
-		want := ruleset.To(ruleset.Goto, "in_"+policy.ID("attachment", "old", "eth0"))
+		want := ruleset.To(ruleset.Jump, "in_"+policy.ID("attachment", "old", "eth0"))
 		if v, _ := w.element("in4", ip1); v != want {
 			t.Errorf("in4 has %v, want %v", v, want)
 		}
@@ -965,7 +965,7 @@ func TestAdopt(t *testing.T) {
 		if _, ok := w.element("in4", netip.MustParseAddr("10.0.9.9")); ok {
 			t.Error("a pod of another node is enforced")
 		}
-		want := ruleset.To(ruleset.Goto, "in_"+policy.ID("attachment", "c1", "eth0"))
+		want := ruleset.To(ruleset.Jump, "in_"+policy.ID("attachment", "c1", "eth0"))
 		if v, _ := w.element("in4", ip1); v != want {
 			t.Errorf("in4 has %v, want %v", v, want)
 		}
@@ -1122,7 +1122,7 @@ func TestLostRegistration(t *testing.T) {
 			want, known := policy.Quarantined, pod("a", "here")
 			if !standalone {
 				known = pod("a", "here", "10.0.0.1")
-				want = ruleset.To(ruleset.Goto, "in_"+policy.ID("attachment", "c1", "eth0"))
+				want = ruleset.To(ruleset.Jump, "in_"+policy.ID("attachment", "c1", "eth0"))
 			}
 			second.Apply(denyAll("deny"), known, pod("b", "here"))
 			second.Synced()

@@ -376,6 +376,9 @@ func behind(o object, rs ruleset.Ruleset, in policy.Input, policies map[cluster.
 
 // namedBy adds the policy that a rule's comment names, if it does.
 func namedBy(comment string, model *cluster.Model, policies map[cluster.Key]bool) {
+	if comment == "" {
+		return
+	}
 	for p := range model.Policies() {
 		if comment == ruleset.Comment(p.Namespace+"/"+p.Name) {
 			policies[p.Key()] = true

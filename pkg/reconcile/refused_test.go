@@ -199,7 +199,7 @@ func TestKernelRefuses(t *testing.T) {
 			want: "a enforced, b quarantined, c enforced, d enforced", reported: []string{"Pod ns/b: "},
 		},
 		{
-			name: "a pod's element", refused: []string{"10.0.0.3 : goto " + chain("cc")},
+			name: "a pod's element", refused: []string{"10.0.0.3 : jump " + chain("cc")},
 			want: "a enforced, b enforced, c quarantined, d enforced", reported: []string{"Pod ns/c: "},
 		},
 		{

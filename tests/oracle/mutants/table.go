@@ -134,7 +134,7 @@ var mutants = []mutant{
 	},
 	{
 		"policy-chain-shared", "the name of a policy's chain does not depend on its namespace", renderGo,
-		[]edit{{"identity := []string{DirectionEgress}\n\tfor _, c := range policies {\n\t\tidentity = append(identity, c.namespace, c.name)", "identity := []string{DirectionEgress}\n\tfor _, c := range policies {\n\t\tidentity = append(identity, c.name)"}},
+		[]edit{{"identity = append(identity, p.of.namespace, p.of.name)", "identity = append(identity, p.of.name)"}},
 	},
 	{
 		"port-ranges-shared", "the name of a set of port ranges does not depend on the ranges", peersGo,
@@ -231,7 +231,7 @@ var mutants = []mutant{
 	},
 	{
 		"protocol-not-matched", "a single port is matched without its protocol", renderGo,
-		[]edit{{"ruleset.Equal(ruleset.L4Proto, uint8(p.proto)), ruleset.Equal16(ruleset.Dport, p.from),", "ruleset.Equal16(ruleset.Dport, p.from),"}},
+		[]edit{{"match(p.proto, ruleset.Equal16(ruleset.Dport, p.from))", "matches = append(matches, []ruleset.Expr{ruleset.Equal16(ruleset.Dport, p.from)})"}},
 	},
 	{
 		"port-set-protocol", "the ports of a set are all TCP's", peersGo,
@@ -239,11 +239,11 @@ var mutants = []mutant{
 	},
 	{
 		"no-port-as-everything", "ports: [{}] matches every protocol", renderGo,
-		[]edit{{"matches = append(matches, []ruleset.Expr{proto})", "matches = append(matches, nil)"}},
+		[]edit{{"for _, p := range whole {\n\t\tmatch(p.proto)", "for range whole {\n\t\tmatches = append(matches, nil)"}},
 	},
 	{
 		"source-port", "a port is matched with the source's", renderGo,
-		[]edit{{"ruleset.Equal16(ruleset.Dport, p.from),", "ruleset.Equal16(ruleset.Sport, p.from),"}},
+		[]edit{{"ruleset.Equal16(ruleset.Dport, p.from))", "ruleset.Equal16(ruleset.Sport, p.from))"}},
 	},
 	{
 		"end-port-ignored", "endPort is not looked at", compileGo,
@@ -271,7 +271,7 @@ var mutants = []mutant{
 	},
 	{
 		"icmp-by-ports", "a rule with ports admits ICMP", renderGo,
-		[]edit{{"var matches [][]ruleset.Expr\n\tvar singles []portRange", "matches := [][]ruleset.Expr{{ruleset.Equal(ruleset.L4Proto, ruleset.ProtoICMP)}}\n\tvar singles []portRange"}},
+		[]edit{{"var matches [][]ruleset.Expr\n\tmatch := func", "matches := [][]ruleset.Expr{{ruleset.Equal(ruleset.L4Proto, ruleset.ProtoICMP)}}\n\tmatch := func"}},
 	},
 	{
 		"icmp-never", "a rule without ports admits TCP, UDP and SCTP only", renderGo,
@@ -285,8 +285,8 @@ var mutants = []mutant{
 	{
 		"named-port-union-ingress", "a named port of an ingress rule is every number that any pod gives the name", renderGo,
 		[]edit{{
-			"resolved[port] = resolve(pod, port)\n",
-			"resolved[port] = resolve(pod, port)\n\t\t\tfor _, peer := range r.peers {\n\t\t\t\tresolved[port] = append(resolved[port], resolve(peer.pod, port)...)\n\t\t\t}\n",
+			"for _, n := range resolved[port] {\n\t\t\t\t\tnumbers",
+			"for p := range r.in.Model.Pods() {\n\t\t\t\t\tresolved[port] = append(resolved[port], resolve(p, port)...)\n\t\t\t\t}\n\t\t\t\tfor _, n := range resolved[port] {\n\t\t\t\t\tnumbers",
 		}},
 	},
 	{
@@ -297,7 +297,7 @@ var mutants = []mutant{
 		"named-port-any-address", "a named port of an egress rule opens its numbers for any address that the peers match", renderGo,
 		[]edit{{
 			"for _, sets := range r.namedPeers(rule, port) {",
-			"for i := range r.peers {\n\t\t\t\tfor _, n := range resolve(r.peers[i].pod, port) {\n\t\t\t\t\trules = append(rules, r.product(rule, []portRange{{proto: port.proto, from: n, to: n}}, destinations)...)\n\t\t\t\t}\n\t\t\t}\n\t\t\tfor _, sets := range r.namedPeers(rule, port) {",
+			"for i := range r.peers {\n\t\t\t\tfor _, n := range resolve(r.peers[i].pod, port) {\n\t\t\t\t\trules = append(rules, r.product(rule, []portRange{{proto: port.proto, from: n, to: n}}, destinations, allowed)...)\n\t\t\t\t}\n\t\t\t}\n\t\t\tfor _, sets := range r.namedPeers(rule, port) {",
 		}},
 	},
 	{
@@ -390,7 +390,11 @@ var mutants = []mutant{
 	},
 	{
 		"profile-goes-nowhere", "the egress chain of a set of policies has no end", renderGo,
-		[]edit{{"Rules: append(rules, ruleset.NewRule(ruleset.To(ruleset.Goto, chainUnsent)))", "Rules: rules"}},
+		[]edit{{"c.Rules = append(c.Rules, ruleset.NewRule(ruleset.To(ruleset.Goto, p.next)))\n", ""}},
+	},
+	{
+		"new-chain-with-its-element", "a closed pod's new chain is committed together with the element that leads there", diffGo,
+		[]edit{{"if rechains(from, to) {", "if false {"}},
 	},
 	{
 		"jump-as-goto", "the chain of a policy does not come back to that of the next", renderGo,
@@ -490,11 +494,11 @@ var mutants = []mutant{
 	},
 	{
 		"event-policy-new-subject", "a policy that changes reaches the pods that it selected before", engineGo,
-		[]edit{{"if (was || is) && (was != is || !e.swap(ep, old, now)) {", "if was && (was != is || !e.swap(ep, old, now)) {"}},
+		[]edit{{"if (was || is) && (was != is || !e.swap(ep, old, now, chains)) {", "if was && (was != is || !e.swap(ep, old, now, chains)) {"}},
 	},
 	{
 		"event-policy-old-subject", "a policy that changes reaches the pods that it selects now", engineGo,
-		[]edit{{"if (was || is) && (was != is || !e.swap(ep, old, now)) {", "if is && (was != is || !e.swap(ep, old, now)) {"}},
+		[]edit{{"if (was || is) && (was != is || !e.swap(ep, old, now, chains)) {", "if is && (was != is || !e.swap(ep, old, now, chains)) {"}},
 	},
 	{
 		"event-policy-directions", "a policy that changes its directions keeps the chains of its pods as they are", engineGo,
