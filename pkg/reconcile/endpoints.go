@@ -32,7 +32,7 @@ type state struct {
 }
 
 func newState(e registry.Entry) *state {
-	return &state{entry: e, id: endpointID(e.Key), podName: e.Pod.String(), name: e.Key.String()}
+	return &state{entry: e, id: endpointID(e.Key), podName: e.Pod.String(), name: e.String()}
 }
 
 // endpointID names the chains of an attachment's endpoint.
