@@ -431,6 +431,7 @@ func (e *Engine) render() {
 		e.renderEndpoint(ep)
 	}
 	e.stale = map[*liveEndpoint]bool{}
+	maps.DeleteFunc(e.profiles, func(_ string, f *fragment) bool { return len(f.users) == 0 }) // what an endpoint was to use that was rendered anew then
 }
 
 // spread brings a changed policy to the endpoints that it selects or selected. Most changes leave an endpoint's own chains as they

@@ -25,8 +25,8 @@ const maxProduct = 32
 // minPortSet is the number of single ports from which on a set is cheaper than rules.
 const minPortSet = 3
 
-// mostInline is up to how many egress rules of a policy are copied to each set of policies that it is in, and mostGotos how many larger ones may
-// follow: the kernel goes 16 chains deep (NFT_JUMP_STACK_SIZE), of which podwall has six.
+// mostInline is up to how many egress rules of a policy are copied to each set of policies that it is in, and mostGotos how many larger ones have
+// a chain each: the kernel goes 16 chains deep (NFT_JUMP_STACK_SIZE), of which podwall has six, and one more where there are more.
 const (
 	mostInline = 32
 	mostGotos  = 8
@@ -41,6 +41,7 @@ type renderer struct {
 	peers    []peer
 	policies map[string][]*compiled // by namespace, sorted by name
 	chains   map[string]bool        // policy chains that have been rendered; false: has no rules
+	sent     map[*compiled]*sending // egress rules that have been rendered
 	verdicts map[string]Verdicts
 	problems map[Problem]bool
 
@@ -59,6 +60,7 @@ func newRenderer(in Input) *renderer {
 		device:   ruleset.NewTable(ruleset.TableID{Family: ruleset.Netdev, Name: in.Options.Table}),
 		policies: map[string][]*compiled{},
 		chains:   map[string]bool{},
+		sent:     map[*compiled]*sending{},
 		verdicts: map[string]Verdicts{},
 		problems: map[Problem]bool{},
 	}
@@ -239,12 +241,12 @@ func profiles(list []sending) []profile {
 	slices.SortStableFunc(large, func(a, b sending) int {
 		return cmp.Or(cmp.Compare(a.of.breadth(), b.of.breadth()), cmp.Compare(len(a.rules), len(b.rules)))
 	})
-	if n := len(large) - mostGotos; n > 0 {
-		inline, large = append(inline, large[:n]...), large[n:]
-	}
 	var chains []profile
 	if inline != nil {
 		chains = append(chains, profile{policies: inline})
+	}
+	if n := len(large) - mostGotos; n > 0 {
+		chains, large = append(chains, profile{policies: large[:n]}), large[n:]
 	}
 	for _, p := range large {
 		chains = append(chains, profile{policies: []sending{p}})
@@ -274,7 +276,10 @@ func (p profile) chain() *ruleset.Chain {
 func (r *renderer) profileChain(list []*compiled) string {
 	policies := make([]sending, len(list))
 	for i, c := range list {
-		policies[i] = sending{c, r.egressRules(c)}
+		if r.sent[c] == nil {
+			r.sent[c] = &sending{c, r.egressRules(c)}
+		}
+		policies[i] = *r.sent[c]
 	}
 	chains := profiles(policies)
 	for _, p := range chains {

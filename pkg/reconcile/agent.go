@@ -97,7 +97,14 @@ func (l *Loop) Detach(ctx context.Context, k attach.Key) error {
 	l.attachmentsChanged()
 	for {
 		now, changed := l.current()
-		if s := now.of(entry.Seq); s == nil || s.State == StateDetached {
+		s := now.of(entry.Seq)
+		if s == nil && now.ready {
+			// Not heard of yet, or ended already.
+			if e, ok := l.registry.Get(k); ok && e.Seq == entry.Seq {
+				s = &PodStatus{}
+			}
+		}
+		if s == nil || s.State == StateDetached {
 			return err
 		}
 		select {

@@ -229,7 +229,8 @@ func (l *Loop) collect() policy.Input {
 			e.Pod = st.pod
 		} else {
 			// A verdict map closes the way to the own node only if the own node's chain asks it.
-			e.Brief = st.brief && !st.entry.Detached && st.pod != nil && st.link != nil && !l.cfg.Policy.AllowOwnNode
+			// And nobody sends yet, unless it is another interface of a pod that runs.
+			e.Brief = st.brief && !st.entry.Detached && st.pod != nil && st.link != nil && !l.cfg.Policy.AllowOwnNode && !attached[st.podName]
 			e.Ended = st.entry.Detached
 		}
 		attached[st.podName] = true

@@ -388,8 +388,9 @@ func (l *Loop) pass(ctx context.Context) error {
 		}
 		l.done(w)
 		l.refused.taken()
+		closing := l.closesOnly(w)
 		again, err := l.settle(w.in)
-		if !again || w.whole != nil || opens(w.delta) {
+		if !again || !closing {
 			l.publish(w)
 		}
 		l.markOpened(w.in)
@@ -399,10 +400,15 @@ func (l *Loop) pass(ctx context.Context) error {
 	}
 }
 
-// opens reports whether a transaction may have done what somebody waits for: to open an attachment takes chains, and so does to close one
-// that was open.
-func opens(d ruleset.Delta) bool {
-	return slices.ContainsFunc(slices.Concat(d.Prepare, d.Apply), func(op ruleset.Op) bool { return op.Chain != nil })
+// closesOnly reports whether a pass has done nothing that anybody waits for, as the next one follows at once: it has closed new attachments for a
+// moment. To open one takes chains, and so does to close one that was open.
+func (l *Loop) closesOnly(w wanted) bool {
+	now, _ := l.current()
+	chains := slices.ContainsFunc(slices.Concat(w.delta.Prepare, w.delta.Apply), func(op ruleset.Op) bool { return op.Chain != nil })
+	if !now.ready || now.err != nil || w.whole != nil || chains || len(w.delta.Cleanup)+len(l.former) > 0 {
+		return false
+	}
+	return !slices.ContainsFunc(l.sortedStates(), func(st *state) bool { return !st.clean && !st.brief })
 }
 
 // wanted is what a pass is to bring about.

@@ -1178,3 +1178,78 @@ func TestStopping(t *testing.T) {
 		}
 	})
 }
+
+// hooked calls before each transaction with chains what the test wants.
+type hooked struct {
+	*nft.Fake
+	chains func() error
+}
+
+func (k *hooked) Commit(ctx context.Context, d ruleset.Delta) error {
+	if k.chains != nil && slices.ContainsFunc(slices.Concat(d.Prepare, d.Apply), func(op ruleset.Op) bool { return op.Chain != nil }) {
+		if err := k.chains(); err != nil {
+			return err
+		}
+	}
+	return k.Fake.Commit(ctx, d)
+}
+
+func startHooked(t *testing.T) (*world, *hooked) {
+	t.Helper()
+	w := &world{kernel: nft.NewFake(), gone: map[string]bool{}, metrics: metrics.New(func() float64 { return 0 })}
+	k := &hooked{Fake: w.kernel}
+	runWorld(t, w, Config{Policy: policy.Options{Table: "podwall", Cut: true}, Kernel: k, Links: w, Connections: w, Log: slog.New(slog.DiscardHandler)})
+	return w, k
+}
+
+// TestDetachWhileOpening holds that DEL does not succeed before the pod is closed: also not if it comes while the pod is being opened for the
+// first time, and nothing has been shown of it yet.
+func TestDetachWhileOpening(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w, k := startHooked(t)
+		w.Apply(pod("a", "here"), denyAll("deny"))
+		w.Synced()
+		synctest.Wait()
+		key := attach.Key{ContainerID: "c1", IfName: "eth0"}
+		var early error
+		k.chains = func() error {
+			k.chains = nil
+			ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+			defer cancel()
+			early = w.Detach(ctx, key)
+			return nil
+		}
+		_ = w.Attach(within(t, time.Second), attachment("c1", "a", "10.0.0.1"))
+		if !errors.Is(early, ErrNotReady) {
+			t.Errorf("while it is being opened: %v", early)
+		}
+		if err := w.Detach(within(t, time.Second), key); err != nil {
+			t.Error(err)
+		}
+		if v, _ := w.element("in4", ip1); v != policy.Quarantined {
+			t.Errorf("the element is %v", v)
+		}
+	})
+}
+
+// TestDetachBesideFailing holds that a DEL is answered although the ADD that came with it cannot be served.
+func TestDetachBesideFailing(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w, k := startHooked(t)
+		w.Apply(pod("b", "here"), denyAll("deny"))
+		w.Synced()
+		synctest.Wait()
+		if err := w.Attach(within(t, time.Second), attachment("c1", "unknown", "10.0.0.1")); !errors.Is(err, ErrNotReady) {
+			t.Fatalf("a pod that is not known: %v", err)
+		}
+		k.chains = func() error { return unix.ENOBUFS }
+		if _, _, err := w.registry.Put(attachment("c2", "b", "10.0.0.2")); err != nil { // seen in one pass with the DEL
+			t.Fatal(err)
+		}
+		if err := w.Detach(within(t, 5*time.Second), attach.Key{ContainerID: "c1", IfName: "eth0"}); err != nil {
+			t.Error(err)
+		}
+	})
+}

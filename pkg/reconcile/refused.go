@@ -189,7 +189,7 @@ func leave(out *policy.Output, id ruleset.TableID) *ruleset.Table {
 func (l *Loop) isolate(ctx context.Context, before ruleset.Ruleset, refused error) (wanted, error) {
 	var in policy.Input
 	var out policy.Output
-	if !nft.IsRefusal(refused) || !ruleset.Diff(before, l.loaded).Empty() {
+	if !nft.IsRefusal(refused) || !unchanged(before, l.loaded) {
 		return wanted{}, refused // the difference was to something that is not there: it is taken anew
 	}
 	full := l.input()
@@ -235,6 +235,23 @@ func (l *Loop) isolate(ctx context.Context, before ruleset.Ruleset, refused erro
 		}
 	}
 	return wanted{in: in, delta: ruleset.Diff(before, out.Ruleset), before: before, whole: out.Ruleset, next: out}, nil
+}
+
+// unchanged reports whether all is in a ruleset as it was before, and nothing else but what has been prepared for a transaction that was refused.
+func unchanged(before, now ruleset.Ruleset) bool {
+	d := ruleset.Diff(before, now)
+	return !slices.ContainsFunc(slices.Concat(d.Prepare, d.Apply, d.Cleanup), func(op ruleset.Op) bool {
+		t := before.Table(op.Table)
+		switch {
+		case t == nil:
+			return true
+		case op.Set != nil:
+			return t.Sets[op.Set.Name] != nil
+		case op.Chain != nil:
+			return t.Chains[op.Chain.Name] != nil || op.Chain.Hook != nil
+		}
+		return true
+	})
 }
 
 // replace serves a table that somebody has changed so that no difference leads back to ours: a set of another type has the name of

@@ -83,7 +83,7 @@ func TestKernelRefusesEgress(t *testing.T) {
 		reported []string
 	}{
 		{"set inet podwall p4_" + policy.ID("p", "namespace", "ns", "app=c"), []string{"NetworkPolicy ns/second: "}},
-		{"rule inet podwall ep_" + policy.ID("egress", "ns", "first", "ns", "second", "ns", "third"), []string{"NetworkPolicy ns/first: ", "NetworkPolicy ns/second: ", "NetworkPolicy ns/third: "}},
+		{"rule inet podwall ep_" + policy.ID("egress", "ns", "third", "ns", "second", "ns", "first"), []string{"NetworkPolicy ns/first: ", "NetworkPolicy ns/second: ", "NetworkPolicy ns/third: "}},
 	} {
 		t.Run(tt.refused, func(t *testing.T) {
 			t.Parallel()

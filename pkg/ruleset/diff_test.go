@@ -67,6 +67,15 @@ func base(name string, priority int, device string, rules ...Rule) *Chain {
 	return &Chain{Name: name, Hook: &Hook{Name: hook, Priority: priority, Device: device}, Rules: rules}
 }
 
+// dropping is a verdict map whose one element needs no chain.
+func dropping() *Set {
+	m := vmap("m", "", "10.0.0.1")
+	for e := range m.Elements {
+		m.Elements[e] = Verdict{Kind: Drop}
+	}
+	return m
+}
+
 func TestDiff(t *testing.T) {
 	t.Parallel()
 	var (
@@ -161,10 +170,30 @@ func TestDiff(t *testing.T) {
 			apply: []string{"flush chain a"},
 		},
 		{
-			name:  "chain before the rules and elements that name it",
-			from:  inet(vmap("m", "a"), base("f", 0, "", dispatch), chain("a", drop)),
-			to:    inet(vmap("m", "z", "10.0.0.1"), base("f", 0, "", dispatch), chain("a", NewRule(To(Jump, "z"))), chain("z", drop)),
-			apply: []string{"add chain z", "flush chain a", "add rule a", "add rule z", "add element m { 10.0.0.1 : goto z }"},
+			name:  "chain before the rules that name it",
+			from:  inet(chain("a", drop)),
+			to:    inet(chain("a", NewRule(To(Jump, "z"))), chain("z", drop)),
+			apply: []string{"add chain z", "flush chain a", "add rule a", "add rule z"},
+		},
+		{
+			name:    "chain, whole, before the transaction with the elements that name it",
+			from:    inet(vmap("m", "a"), base("f", 0, "", dispatch), chain("a", drop)),
+			to:      inet(vmap("m", "z", "10.0.0.1"), withAddrs(set("p", IPv4Addr), "10.0.0.2"), base("f", 0, "", dispatch), chain("a", NewRule(To(Jump, "z"))), chain("z", inP)),
+			prepare: []string{"add set p", "add chain z", "add rule z", "add element p { 10.0.0.2 }"},
+			apply:   []string{"flush chain a", "add rule a", "add element m { 10.0.0.1 : goto z }"},
+		},
+		{
+			name:    "the same instead of another chain",
+			from:    inet(vmap("m", "a", "10.0.0.1"), base("f", 0, "", dispatch), chain("a", drop)),
+			to:      inet(vmap("m", "z", "10.0.0.1"), base("f", 0, "", dispatch), chain("a", drop), chain("z", drop)),
+			prepare: []string{"add chain z", "add rule z"},
+			apply:   []string{"delete element m { 10.0.0.1 : goto a }", "add element m { 10.0.0.1 : goto z }"},
+		},
+		{
+			name:  "the same instead of a drop, in one",
+			from:  inet(dropping(), base("f", 0, "", dispatch)),
+			to:    inet(vmap("m", "z", "10.0.0.1"), base("f", 0, "", dispatch), chain("z", drop)),
+			apply: []string{"add chain z", "add rule z", "delete element m { 10.0.0.1 : drop }", "add element m { 10.0.0.1 : goto z }"},
 		},
 		{
 			name: "removal: rules and elements, all chains empty, chains, sets",
@@ -527,11 +556,16 @@ func FuzzDiff(f *testing.F) { f.Fuzz(rapid.MakeFuzz(checkDiff)) }
 func checkDiff(rt *rapid.T) {
 	from, to := genRuleset(rt, "from"), genRuleset(rt, "to")
 	k, d := newKernel(from), Diff(from, to)
-	for part, ops := range map[string][]Op{"prepare": d.Prepare, "cleanup": d.Cleanup} {
-		for _, o := range ops {
-			if part == "prepare" && o.Set != nil && !o.Set.Interval || part == "cleanup" && o.Kind != DelChain && o.Kind != DelSet {
-				rt.Errorf("%s: %q does not belong there", part, o.String())
-			}
+	for _, o := range d.Prepare {
+		old := from.Table(o.Table)
+		if old != nil && (o.Set != nil && old.Sets[o.Set.Name] != nil || o.Chain != nil && (old.Chains[o.Chain.Name] != nil || o.Chain.Hook != nil)) ||
+			old == nil && (o.Chain != nil || o.Set != nil && !o.Set.Interval) {
+			rt.Errorf("prepare: %q changes what packets meet", o.String())
+		}
+	}
+	for _, o := range d.Cleanup {
+		if o.Kind != DelChain && o.Kind != DelSet {
+			rt.Errorf("cleanup: %q does not belong there", o.String())
 		}
 	}
 	for _, part := range []struct {

@@ -424,7 +424,9 @@ func dropOwnAccepts(rs ruleset.Ruleset) {
 	for _, t := range rs {
 		for name, c := range t.Chains {
 			if strings.HasPrefix(name, "eg_") || strings.HasPrefix(name, "in_") {
-				c.Rules = slices.DeleteFunc(c.Rules, func(r ruleset.Rule) bool { return strings.HasSuffix(r.String(), " accept") || strings.HasSuffix(r.String(), " return") })
+				c.Rules = slices.DeleteFunc(c.Rules, func(r ruleset.Rule) bool {
+					return strings.HasSuffix(r.String(), " accept") || strings.HasSuffix(r.String(), " return")
+				})
 			}
 		}
 	}
