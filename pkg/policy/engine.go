@@ -424,14 +424,16 @@ func (e *Engine) render() {
 		e.spread(k, old)
 	}
 	e.changed = map[cluster.Key]*compiled{}
-	if len(e.stale) > 0 {
-		e.version++
+	if len(e.stale) == 0 {
+		return
 	}
+	e.version++
 	for ep := range e.stale {
 		e.renderEndpoint(ep)
 	}
 	e.stale = map[*liveEndpoint]bool{}
-	maps.DeleteFunc(e.profiles, func(_ string, f *fragment) bool { return len(f.users) == 0 }) // what an endpoint was to use that was rendered anew then
+	// What swap has made for one of them, which did not come to use it.
+	maps.DeleteFunc(e.profiles, func(_ string, f *fragment) bool { return len(f.users) == 0 })
 }
 
 // spread brings a changed policy to the endpoints that it selects or selected. Most changes leave an endpoint's own chains as they

@@ -1194,11 +1194,15 @@ func (k *hooked) Commit(ctx context.Context, d ruleset.Delta) error {
 	return k.Fake.Commit(ctx, d)
 }
 
-func startHooked(t *testing.T) (*world, *hooked) {
+// startHooked starts a loop that knows one pod of its node, and a policy that denies everything.
+func startHooked(t *testing.T, name string) (*world, *hooked) {
 	t.Helper()
 	w := &world{kernel: nft.NewFake(), gone: map[string]bool{}, metrics: metrics.New(func() float64 { return 0 })}
 	k := &hooked{Fake: w.kernel}
 	runWorld(t, w, Config{Policy: policy.Options{Table: "podwall", Cut: true}, Kernel: k, Links: w, Connections: w, Log: slog.New(slog.DiscardHandler)})
+	w.Apply(pod(name, "here"), denyAll("deny"))
+	w.Synced()
+	synctest.Wait()
 	return w, k
 }
 
@@ -1207,10 +1211,7 @@ func startHooked(t *testing.T) (*world, *hooked) {
 func TestDetachWhileOpening(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		w, k := startHooked(t)
-		w.Apply(pod("a", "here"), denyAll("deny"))
-		w.Synced()
-		synctest.Wait()
+		w, k := startHooked(t, "a")
 		key := attach.Key{ContainerID: "c1", IfName: "eth0"}
 		var early error
 		k.chains = func() error {
@@ -1237,10 +1238,7 @@ func TestDetachWhileOpening(t *testing.T) {
 func TestDetachBesideFailing(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		w, k := startHooked(t)
-		w.Apply(pod("b", "here"), denyAll("deny"))
-		w.Synced()
-		synctest.Wait()
+		w, k := startHooked(t, "b")
 		if err := w.Attach(within(t, time.Second), attachment("c1", "unknown", "10.0.0.1")); !errors.Is(err, ErrNotReady) {
 			t.Fatalf("a pod that is not known: %v", err)
 		}
